@@ -1,0 +1,81 @@
+"""transferkit: the small library under the book on transfer learning.
+
+The public names live here and are loaded on first use, so that ``import transferkit as tk``
+costs next to nothing and a reader who only wants ``tk.datasets`` never pays for the rest.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_MODULES = (
+    "assets",
+    "cache",
+    "checkpoint",
+    "claims",
+    "data",
+    "datasets",
+    "engine",
+    "figures",
+    "layers",
+    "metrics",
+    "models",
+    "objectives",
+    "optim",
+    "plan",
+    "profiles",
+)
+
+_NAMES = {
+    # training: the verbs, the plan, the result
+    "fit": "engine",
+    "evaluate": "engine",
+    "predict": "engine",
+    "Loss": "objectives",
+    "Run": "engine",
+    "load": "checkpoint",
+    "linear_probe": "plan",
+    "finetune": "plan",
+    "Phase": "plan",
+    # models and their layer groups
+    "Staged": "layers",
+    "freeze": "layers",
+    "unfreeze": "layers",
+    "summary": "layers",
+    # objectives
+    "classification": "objectives",
+    "regression": "objectives",
+    # metrics
+    "accuracy": "metrics",
+    "balanced_accuracy": "metrics",
+    "macro_f1": "metrics",
+    "mcc": "metrics",
+    "auroc": "metrics",
+    "confusion_matrix": "metrics",
+    "mean_interval": "metrics",
+    "paired_interval": "metrics",
+    "bootstrap_interval": "metrics",
+    # evidence: what a lab prints, draws and asserts
+    "profile": "profiles",
+    "claim": "claims",
+    "figure": "figures",
+}
+
+__all__ = ["__version__", *_MODULES, *_NAMES]
+
+
+def __getattr__(name: str):
+    if name in _NAMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module 'transferkit' has no attribute '{name}'")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
