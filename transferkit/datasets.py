@@ -1,0 +1,273 @@
+"""Named data sets with cards and honest splits.
+
+A row belongs to train, validation or test by the SHA-256 of its group key (the film a review is
+about, the pixels of an image, the text itself) and by nothing else: neither the order of the rows
+nor a new version of the archive can move an item to the other side, and rows that belong together
+stay together. Duplicates are removed before anything is split. The test split is reached by
+``open_test()`` alone, which the record of the run remembers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from transferkit import assets
+from transferkit.corpora import RECIPES, Column, Recipe, Table
+
+
+def fraction(text: str) -> float:
+    """A number in [0, 1) that depends on ``text`` alone: the first 8 bytes of its SHA-256."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") / 2**64
+
+
+def _pick(column: Column, indices: np.ndarray) -> Column:
+    return column[indices] if isinstance(column, np.ndarray) else [column[i] for i in indices]
+
+
+@dataclass(frozen=True)
+class DataCard:
+    """What a reader must know before using a data set; prints as text, shows as a table."""
+
+    name: str
+    title: str
+    source: str
+    licence: str
+    declared: str
+    origin: str
+    citation: str
+    size: str
+    fields: Mapping[str, str]
+    labels: Sequence[str]
+    split: str
+    problems: Sequence[str]
+
+    def rows(self) -> list[tuple[str, list[str]]]:
+        """Heading and lines of every entry, in the order in which they are shown."""
+        return [
+            ("data", [self.title]),
+            ("source", [self.source]),
+            ("licence", [self.licence]),
+            ("declared by the package", [self.declared]),
+            ("origin", [self.origin]),
+            ("citation", [self.citation]),
+            ("size", [self.size]),
+            ("fields", [f"{name}: {text}" for name, text in self.fields.items()]),
+            ("labels", [", ".join(self.labels) or "none"]),
+            ("splits", [self.split]),
+            ("known problems", list(self.problems)),
+        ]
+
+    def __str__(self) -> str:
+        width = max(len(heading) for heading, _ in self.rows())
+        lines = [self.name]
+        for heading, texts in self.rows():
+            for i, text in enumerate(texts):
+                lines.append(f"  {'' if i else heading:{width}}  {text}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        body = "".join(
+            f'<tr><th scope="row" style="text-align:left;vertical-align:top">{heading}</th>'
+            f'<td style="text-align:left">{"<br>".join(html.escape(t) for t in texts)}</td></tr>'
+            for heading, texts in self.rows()
+        )
+        caption = f"<caption>Data card: {html.escape(self.name)}</caption>"
+        return f"<table>{caption}<tbody>{body}</tbody></table>"
+
+
+class Split:
+    """Rows of a data set: named columns, labels, and the keys whose hashes decided the split.
+
+    ``split["text"]`` is a list, ``split["image"]`` an array uint8 (n, h, w); ``split.labels`` is
+    int64 (n,) or None; ``split.keys`` the group key of every row; ``split.kind`` is "text",
+    "image", "features" or "tokens" and ``split.inputs`` the column a model reads.
+    """
+
+    def __init__(self, table: Table, indices: np.ndarray, name: str):
+        self._table, self._indices, self.name = table, indices, name
+        self.kind = table.kind
+        self.labels = None if table.labels is None else table.labels[indices]
+        self.keys: list[str] = _pick(table.keys, indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, column: str) -> Column:
+        known = self._table.columns
+        if column not in known:
+            raise KeyError(f"{self.name} has no column {column!r}: its columns are {list(known)}")
+        return _pick(known[column], self._indices)
+
+    def __repr__(self) -> str:
+        return f"Split({self.name}: {len(self):,} rows of kind {self.kind!r})"
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return list(self._table.columns)
+
+    @property
+    def inputs(self) -> Column:
+        """The column that a model reads."""
+        return self[self._table.input]
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> Split:
+        """The rows at ``indices`` (integers, or a boolean mask of the split's length).
+
+        Raises:
+            IndexError: an index or a mask that does not fit the split's length.
+        """
+        chosen = np.asarray(indices)
+        if chosen.dtype != bool:
+            chosen = chosen.astype(np.int64)
+        return Split(self._table, self._indices[chosen], self.name)
+
+    def take(self, n: int, seed: int = 0, stratify: bool = True) -> Split:
+        """``n`` rows drawn by hash; for one seed the smaller draw is part of the larger.
+
+        Args:
+            n: how many rows, 0 to ``len(split)``.
+            seed: another seed gives another draw.
+            stratify: keep the classes' shares, to the nearest row, at every ``n``.
+
+        Raises:
+            ValueError: more rows asked for than there are.
+        """
+        if not 0 <= n <= len(self):
+            raise ValueError(f"{self.name} holds {len(self):,} rows and {n:,} were asked for")
+        ids = self._table.ids
+        rank = np.array([fraction(f"{seed}\n{ids[i]}") for i in self._indices])
+        if stratify and self.labels is not None:
+            place = np.empty(len(self))
+            for label in np.unique(self.labels):
+                rows = np.flatnonzero(self.labels == label)
+                place[rows[np.argsort(rank[rows], kind="stable")]] = (
+                    np.arange(len(rows)) + 0.5
+                ) / len(rows)
+            order = np.lexsort((rank, place))
+        else:
+            order = np.argsort(rank, kind="stable")
+        return self.select(order[:n])
+
+
+class Dataset:
+    """A data set with its card and its fixed splits."""
+
+    def __init__(self, name: str, table: Table, recipe: Recipe):
+        self.name, self.labels = name, list(recipe.labels)
+        self.feature_names = list(table.feature_names)
+        self._table, self._parts = table, _parts(table.keys, recipe)
+        self.card = _card(name, table, recipe, self._parts)
+
+    def _split(self, part: str) -> Split:
+        return Split(self._table, np.flatnonzero(self._parts == part), f"{self.name}/{part}")
+
+    @property
+    def train(self) -> Split:
+        """The rows to learn from."""
+        return self._split("train")
+
+    @property
+    def validation(self) -> Split:
+        """The rows to choose with."""
+        return self._split("validation")
+
+    def open_test(self) -> Split:
+        """The rows to report on; the record of the run notes that they were opened."""
+        claims = importlib.import_module("transferkit.claims")
+        claims.note_test_opened(self.name)
+        return self._split("test")
+
+    def folds(self, k: int, seed: int = 0) -> list[tuple[Split, Split]]:
+        """``k`` pairs (train, held out) over train and validation together, never the test rows.
+
+        The fold of a row is decided by the hash of its group key and the seed.
+
+        Raises:
+            ValueError: ``k`` below 2.
+        """
+        if k < 2:
+            raise ValueError(f"folds needs k of at least 2 and was given {k}")
+        rows = np.flatnonzero(self._parts != "test")
+        fold = np.array([int(k * fraction(f"fold {seed}\n{self._table.keys[i]}")) for i in rows])
+        return [
+            (
+                Split(self._table, rows[fold != j], f"{self.name}/fold {j + 1} of {k}, train"),
+                Split(self._table, rows[fold == j], f"{self.name}/fold {j + 1} of {k}, held out"),
+            )
+            for j in range(k)
+        ]
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{p} {np.sum(self._parts == p):,}" for p in _PARTS)
+        return f"Dataset({self.name}: {sizes})"
+
+    def _repr_html_(self) -> str:
+        return self.card._repr_html_()
+
+
+_PARTS = ("train", "validation", "test")
+
+
+def _parts(keys: Sequence[str], recipe: Recipe) -> np.ndarray:
+    """The part of every row, from the hash of salt and key alone."""
+    train, validation = recipe.shares
+    places = np.array([fraction(recipe.salt + key) for key in keys])
+    return np.select([places < train, places < train + validation], _PARTS[:2], _PARTS[2])
+
+
+def available() -> list[str]:
+    """Names that :func:`load` knows."""
+    return list(RECIPES)
+
+
+def load(name: str) -> Dataset:
+    """Load a data set by name, fetching it first where it is not in the cache.
+
+    Raises:
+        ValueError: no data set has this name (the nearest is suggested), or its text is not UTF-8.
+        transferkit.assets.AssetError: it could not be fetched; the message says why.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"no data set is called {name!r}: {assets.nearest(name, RECIPES)}")
+    recipe = RECIPES[name]
+    return Dataset(name, recipe.read(), recipe)
+
+
+def _card(name: str, table: Table, recipe: Recipe, parts: np.ndarray) -> DataCard:
+    texts = dict(assets.manifest()["cards"][name])
+    if name in assets.names("data set"):
+        texts |= _provenance(name)
+    problems = [text.format(**table.counts) for text in texts.pop("problems")]
+    sizes = ", ".join(f"{part} {np.sum(parts == part):,}" for part in _PARTS)
+    shares = "/".join(f"{100 * s:.0f}" for s in (*recipe.shares, 1 - sum(recipe.shares)))
+    salt = f" prefixed with {recipe.salt!r}" if recipe.salt else ""
+    return DataCard(
+        name=name,
+        **texts,
+        size=f"{len(table.keys):,} rows: {sizes}",
+        labels=recipe.labels,
+        split=f"{shares} % by the SHA-256 of {recipe.group}{salt}",
+        problems=problems,
+    )
+
+
+def _provenance(name: str) -> dict[str, str]:
+    """Card entries that say where the data come from."""
+    entry = assets.describe(name)
+    archive = next(iter(entry["files"].values()))["archive"]
+    package = assets.manifest()["archives"][archive]
+    return {
+        "title": entry["title"],
+        "source": f"{archive} {package['version']} ({package['kind']}, {package['size']} MiB)",
+        "licence": entry["licence"],
+        "declared": package["licence"],
+        "origin": entry["origin"],
+        "citation": entry["citation"],
+    }
