@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import html
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from transferkit import assets
+from transferkit import assets, claims
 from transferkit.corpora import RECIPES, Column, Recipe, Table
 
 
@@ -180,7 +179,6 @@ class Dataset:
 
     def open_test(self) -> Split:
         """The rows to report on; the record of the run notes that they were opened."""
-        claims = importlib.import_module("transferkit.claims")
         claims.note_test_opened(self.name)
         return self._split("test")
 

@@ -10,16 +10,15 @@ outputs for them stay exactly the same.
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from transferkit import assets, models
+from transferkit import assets
 
 PREFIX = "query: "  # every input of the published model begins with it
 _UNKNOWN = 3
@@ -43,22 +42,6 @@ _EMBEDDING = {
 }
 
 
-def parts(options: Mapping, max_length: int, vocabulary: Iterable | None) -> models.Parts:
-    """What :func:`transferkit.models.load` needs for "e5-small"."""
-    weights = weights_file() if options["pretrained"] else None
-    tokenizer = Tokenizer(assets.files("e5-small")["tokenizer"])
-    rows = None
-    if vocabulary is not None:
-        rows = _rows(vocabulary, tokenizer)
-        tokenizer.keep(rows)
-    model = models.bert(config(), weights, rows)
-    stages = models.text_stages(model, options["layers"], "e5-small")
-    arguments = {} if rows is None else {"vocabulary": rows.tolist()}
-    sha256 = assets.describe("e5-small")["files"]["weights"]["sha256"]
-    inputs = models.text_inputs(tokenizer, max_length)
-    return models.Parts(stages, config()["hidden_size"], inputs, sha256, arguments)
-
-
 def config() -> dict:
     """Fields of ``transformers.BertConfig`` for this model."""
     return {
@@ -78,12 +61,15 @@ class Tokenizer:
     """The model's tokenizer with its prefix, and with token ids renumbered for a pruned embedding.
 
     Called like a transformers tokenizer: ``tokenizer(texts, truncation=True, max_length=128)``.
+
+    Args:
+        inner: the transformers tokenizer that does the work.
     """
 
     pad_token_id = 1
 
-    def __init__(self, path: Path):
-        self._inner = _read_tokenizer(path)
+    def __init__(self, inner: Callable):
+        self._inner = inner
         self._numbers: np.ndarray | None = None
 
     def keep(self, rows: Tensor) -> None:
@@ -98,13 +84,7 @@ class Tokenizer:
         return {"input_ids": found}
 
 
-@functools.lru_cache(maxsize=1)
-def _read_tokenizer(path: Path):
-    # 17 MB of JSON take a second to read, and the labs load this model once a seed
-    return models.tokenizer_from(path, "<pad>", config()["max_position_embeddings"])
-
-
-def _rows(vocabulary: Iterable, tokenizer: Tokenizer) -> Tensor:
+def token_ids(vocabulary: Iterable, tokenizer: Tokenizer) -> Tensor:
     """Sorted ids of the tokens to keep: those of the texts, or the ids given, and special ones."""
     wanted = list(vocabulary)
     if wanted and all(isinstance(entry, str) for entry in wanted):

@@ -9,7 +9,7 @@ knows how to turn a data split into its inputs: ``model.prepare(split)``.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import functools
 import json
 import os
 import socket
@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from transferkit import assets
+from transferkit import assets, data, e5
+from transferkit.layers import Staged
 
 State = dict[str, Tensor]
 
@@ -81,9 +82,7 @@ def load(
         if name == "minilm-l6":
             parts = _minilm(options, max_length)
         elif name == "e5-small":
-            from transferkit import e5
-
-            parts = e5.parts(options, max_length, vocabulary)
+            parts = _e5(options, max_length, vocabulary)
         elif name == "efficientnet-lite0":
             parts = _lite0(options, size)
         else:
@@ -92,8 +91,7 @@ def load(
     arguments = {"name": name, "labels": None if labels is None else list(labels),
                  "pretrained": False, "layers": layers, "max_length": max_length, "size": size,
                  "dropout": dropout, "seed": seed} | parts.arguments  # fmt: skip
-    staged = importlib.import_module("transferkit.layers").Staged
-    model = staged([*parts.stages, ("head", head)], labels=labels, prepare=parts.prepare,
+    model = Staged([*parts.stages, ("head", head)], labels=labels, prepare=parts.prepare,
                    name=name, weights_hash=parts.weights if pretrained else "")  # fmt: skip
     model.recipe = {"loader": "transferkit.models.load", "arguments": arguments}
     return model.eval()
@@ -247,8 +245,26 @@ def _minilm(options: dict, max_length: int) -> Parts:
     return Parts(stages, config["hidden_size"], text_inputs(tokenizer, max_length), sha256)
 
 
+def _e5(options: dict, max_length: int, vocabulary: Iterable | None) -> Parts:
+    weights = e5.weights_file() if options["pretrained"] else None
+    longest = e5.config()["max_position_embeddings"]
+    tokenizer = e5.Tokenizer(
+        tokenizer_from(assets.files("e5-small")["tokenizer"], "<pad>", longest)
+    )
+    rows = None
+    if vocabulary is not None:
+        rows = e5.token_ids(vocabulary, tokenizer)
+        tokenizer.keep(rows)
+    stages = text_stages(bert(e5.config(), weights, rows), options["layers"], "e5-small")
+    arguments = {} if rows is None else {"vocabulary": rows.tolist()}
+    sha256 = assets.describe("e5-small")["files"]["weights"]["sha256"]
+    inputs = text_inputs(tokenizer, max_length)
+    return Parts(stages, e5.config()["hidden_size"], inputs, sha256, arguments)
+
+
+@functools.lru_cache(maxsize=2)
 def tokenizer_from(path: Path, pad: str, longest: int):
-    """A transformers tokenizer from one ``tokenizer.json``."""
+    """A transformers tokenizer from one ``tokenizer.json``, read once: e5-small's has 17 MB."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
@@ -261,9 +277,8 @@ def text_inputs(tokenizer, max_length: int) -> Callable:
     """The function that turns a split of texts into the engine's source."""
 
     def prepare(split):
-        texts = importlib.import_module("transferkit.data").texts
         _check_kind(split, "text")
-        return texts(split.inputs, split.labels, tokenizer, max_length)
+        return data.texts(split.inputs, split.labels, tokenizer, max_length)
 
     prepare.tokenizer = tokenizer
     return prepare
@@ -350,9 +365,8 @@ def image_inputs(size: int, mean: Sequence[float], std: Sequence[float]) -> Call
     """The function that turns a split of images into the engine's source."""
 
     def prepare(split, augment=None):
-        images = importlib.import_module("transferkit.data").images
         _check_kind(split, "image")
-        return images(split.inputs, split.labels, size, mean, std, augment=augment)
+        return data.images(split.inputs, split.labels, size, mean, std, augment=augment)
 
     return prepare
 

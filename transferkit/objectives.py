@@ -1,0 +1,389 @@
+"""What training minimises. The one idea: an objective returns sums and counts, never a mean.
+
+The means of several micro-batches cannot be averaged without an error as soon as the micro-batches
+differ in size or in the weight of their classes. Sums and counts can be added: the engine adds both
+over the micro-batches of a step and divides once, so that the gradient is that of one big batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+from operator import add
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transferkit.data import Batch
+
+Number = float | int | Tensor
+
+
+class Loss:
+    """The sum and the count of every term of an objective, over some items.
+
+    The value that training minimises is `sum(weight * total / count)` over the terms. Two losses of
+    one objective add up term by term, totals with totals and counts with counts, so that
+    `(loss_a + loss_b).mean()` is the loss of both batches together.
+
+    Args:
+        total: sum of the per-item losses, a tensor of shape `()`.
+        items: what to divide it by: the number of items, or the sum of their weights, whole or not;
+            a Python number or a tensor of shape `()` on the device of `total`.
+
+    Attributes:
+        names, weights, totals, counts: tuples with one entry a term.
+
+    Raises:
+        TypeError: `total` is not a tensor.
+        ValueError: `total` or `items` is a tensor with dimensions.
+
+    Example:
+        >>> halves = Loss(torch.tensor(6.0), 2) + Loss(torch.tensor(3.0), 1)
+        >>> halves.mean()
+        tensor(3.)
+    """
+
+    __slots__ = ("counts", "names", "totals", "weights")
+
+    names: tuple[str, ...]
+    weights: tuple[Number, ...]
+    totals: tuple[Tensor, ...]
+    counts: tuple[Number, ...]
+
+    def __init__(self, total: Tensor, items: Number) -> None:
+        self._set(("loss",), (1.0,), (total,), (items,))
+
+    @classmethod
+    def terms(cls, named: Mapping[str, tuple[Number, Tensor, Number]]) -> Loss:
+        """A loss of several terms, `{"name": (weight, total, count)}`, each with its own count.
+
+        Raises:
+            ValueError: no term was given, or a total or a count has dimensions.
+            TypeError: a total is not a tensor.
+        """
+        if not named:
+            raise ValueError("the loss has no terms: pass {name: (weight, total, count)}")
+        loss = cls.__new__(cls)
+        weights, totals, counts = zip(*named.values(), strict=True)
+        loss._set(tuple(named), weights, totals, counts)
+        return loss
+
+    def _set(self, names, weights, totals, counts) -> None:
+        for name, total, count in zip(names, totals, counts, strict=True):
+            if not isinstance(total, Tensor):
+                raise TypeError(
+                    f"the total of {name!r} is {total!r}, but a tensor is expected: "
+                    "return the sum of the per-item losses, not a Python number"
+                )
+            for what, value in (("total", total), ("count", count)):
+                if isinstance(value, Tensor) and value.dim():
+                    raise ValueError(
+                        f"the {what} of {name!r} has shape {tuple(value.shape)}, but a scalar is "
+                        "expected: sum it over the items first"
+                    )
+        self.names, self.weights, self.totals, self.counts = names, weights, totals, counts
+
+    def __add__(self, other: Loss) -> Loss:
+        """Both batches together: totals and counts added term by term.
+
+        Raises:
+            ValueError: the two have different terms.
+        """
+        if self.names != other.names:
+            raise ValueError(
+                f"cannot add a loss with the terms {list(other.names)} to one with "
+                f"{list(self.names)}: an objective must return the same terms for every batch"
+            )
+        loss = Loss.__new__(Loss)
+        loss.names, loss.weights = self.names, self.weights
+        loss.totals = tuple(a + b for a, b in zip(self.totals, other.totals, strict=True))
+        loss.counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))
+        return loss
+
+    def detach(self) -> Loss:
+        """The same numbers without their graph, to be kept for the log."""
+        loss = Loss.__new__(Loss)
+        loss.names, loss.weights = self.names, self.weights
+        loss.totals = tuple(total.detach() for total in self.totals)
+        loss.counts = self.counts
+        return loss
+
+    def mean(self, counts: tuple[Number, ...] | None = None) -> Tensor:
+        """The weighted sum of the terms, each divided by its count: shape `()`, with its graph.
+
+        Args:
+            counts: one count a term in place of this loss's own. With the counts of the whole step,
+                the means of its micro-batches add up to the mean of the step, so that each may go
+                backward on its own.
+
+        A term that counted nothing contributes 0, not NaN.
+        """
+        counts = self.counts if counts is None else counts
+        parts = zip(self.weights, self.totals, counts, strict=True)
+        means = [_weigh(weight, _divide(total, count)) for weight, total, count in parts]
+        return reduce(add, means)
+
+    def means(self) -> dict[str, Tensor]:
+        """Every term's own mean, unweighted, for the log: `{name: tensor of shape ()}`."""
+        parts = zip(self.names, self.totals, self.counts, strict=True)
+        return {name: _divide(total.detach(), count) for name, total, count in parts}
+
+    def __repr__(self) -> str:
+        return f"Loss({', '.join(self.names)})"  # the numbers stay on their device
+
+
+def _divide(total: Tensor, count: Number) -> Tensor:
+    if isinstance(count, Tensor):
+        count = count.to(total.dtype)
+        return total / torch.where(count == 0, torch.ones_like(count), count)
+    return total / (count or 1)
+
+
+def _weigh(weight: Number, mean: Tensor) -> Tensor:
+    # the common weight of 1 costs no operation; a weight on the device is not looked at
+    return mean if not isinstance(weight, Tensor) and weight == 1 else weight * mean
+
+
+def forward(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Tensor:
+    """Call `model` on the inputs of a batch and give its outputs as one tensor.
+
+    A tensor is passed as it is. A dictionary is passed whole to a staged model (one that has
+    `stage_names`) and as keywords to any other module. Of an output with a `logits` field, as the
+    models of transformers return it, that field is taken.
+
+    Raises:
+        TypeError: the model returned neither a tensor nor something with `logits`.
+    """
+    if isinstance(inputs, Tensor) or hasattr(model, "stage_names"):
+        outputs = model(inputs)
+    else:
+        outputs = model(**inputs)
+    outputs = getattr(outputs, "logits", outputs)
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"the model returned a {type(outputs).__name__}, but a tensor, or an output with a "
+            "`logits` field, is expected: wrap the model so that it returns its logits"
+        )
+    return outputs
+
+
+@lru_cache(maxsize=32)
+def _kept_on_device(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    # Copied once, not at every step: a copy from pageable memory waits for the device. Never an
+    # inference tensor, even if evaluation comes first: training could not save it for backward.
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _constant(values: tuple[float, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+    if type(like) is not Tensor:  # a fake or wrapped tensor must neither fill nor read the cache
+        return like.new_tensor(values, dtype=dtype)
+    return _kept_on_device(values, like.device, dtype)
+
+
+def _at_least_float32(outputs: Tensor) -> Tensor:
+    return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+
+
+def _labels(batch: Batch) -> Tensor:
+    if batch.labels is None:
+        raise ValueError(
+            "the items have no labels, but this objective learns from them: pass (inputs, labels)"
+        )
+    return batch.labels
+
+
+class _Supervised:
+    """What objectives that score the outputs of one forward pass have in common."""
+
+    additive: ClassVar[bool] = True
+    acts_below_head: ClassVar[bool] = False
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+        return self.loss(self.outputs(model, batch), batch)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the model says about the batch: see `forward`."""
+        return forward(model, batch.inputs)
+
+
+@dataclass(frozen=True)
+class Classification(_Supervised):
+    r"""Cross-entropy of a softmax over the classes; two classes are two outputs.
+
+    With logits $z$ of shape `(n, C)`, labels $y$, class weights $w$ and smoothing $\varepsilon$,
+
+    $$\ell_i = -\sum_c w_c\,\bigl[(1-\varepsilon)\,\mathbb{1}(c = y_i) + \varepsilon/C\bigr]\,
+      \log\mathrm{softmax}(z_i)_c$$
+
+    The total is $\sum_i \ell_i$, the count $\sum_i w_{y_i}$ ($n$ without weights): one big batch
+    gives `torch.nn.functional.cross_entropy` with its default reduction.
+
+    Args:
+        label_smoothing: $\varepsilon$ in [0, 1), the probability spread evenly over all classes
+            (Szegedy et al. 2016).
+        class_weights: one weight of at least 0 a class, in the order of the labels; any sequence or
+            tensor of numbers, kept as a tuple.
+
+    Raises:
+        ValueError: `label_smoothing` is outside [0, 1); a class weight is negative or not finite,
+            or all are 0.
+    """
+
+    label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing}, but a value in [0, 1) is expected: "
+                "0.1 is usual, 0 switches it off"
+            )
+        if self.class_weights is None:
+            return
+        weights = tuple(float(weight) for weight in self.class_weights)
+        if not any(weights) or not all(0.0 <= weight < float("inf") for weight in weights):
+            raise ValueError(
+                f"class_weights are {weights}, but finite weights of at least 0, not all 0, are "
+                "expected: for balance use n / (C * items of the class)"
+            )
+        object.__setattr__(self, "class_weights", weights)
+
+    def counts(self, batch: Batch) -> tuple[Number, ...]:
+        """The counts that `loss` will return for this batch, known without a forward pass."""
+        if self.class_weights is None:
+            return (len(_labels(batch)),)
+        labels = _labels(batch).long()  # as an index, uint8 would be a mask
+        # float64, where there is one, so that adding thousands of batches loses nothing
+        dtype = torch.float32 if labels.device.type == "mps" else torch.float64
+        return (_constant(self.class_weights, labels, dtype)[labels].sum(),)
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Loss:
+        """Sum of the cross-entropies of logits `(n, C)` against `batch.labels`, whole, `(n,)`.
+
+        Half-precision logits are scored in float32. The labels are trusted, for to look at them
+        would stop the device at every step: `validate` checks them once.
+        """
+        logits = _at_least_float32(outputs)
+        weights = None
+        if self.class_weights is not None:
+            weights = _constant(self.class_weights, logits, logits.dtype)
+        total = F.cross_entropy(
+            logits,
+            _labels(batch).long(),
+            weight=weights,
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
+        )
+        return Loss(total, *self.counts(batch))
+
+    def validate(self, labels: Any, outputs_dim: int) -> None:
+        """Check the labels of a whole data set against the head, once, before training.
+
+        Args:
+            labels: whole numbers of shape `(n,)`, a tensor or an array, on any device.
+            outputs_dim: the number of outputs of the head, C.
+
+        Raises:
+            TypeError: the labels are not whole numbers.
+            ValueError: a label is outside [0, C), the labels are not one an item, the head has
+                fewer than two outputs, or the class weights are not C.
+        """
+        labels = torch.as_tensor(labels)
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(
+                f"labels are {labels.dtype}, but whole class numbers are expected: "
+                "convert them, or use regression() for measured values"
+            )
+        if labels.dim() != 1:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}, but one class number an item, (n,), is "
+                "expected: for one-hot rows pass labels.argmax(1)"
+            )
+        if outputs_dim < 2:
+            raise ValueError(
+                f"the head has {outputs_dim} output, but classification needs at least 2: two "
+                "classes are two outputs, so pass labels=[...] with both names"
+            )
+        if self.class_weights is not None and len(self.class_weights) != outputs_dim:
+            raise ValueError(
+                f"class_weights hold {len(self.class_weights)} weights but the head has "
+                f"{outputs_dim} outputs: pass one weight a class"
+            )
+        if not len(labels):
+            return
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0:
+            raise ValueError(
+                f"labels hold {low} but class numbers start at 0: drop the unlabelled items first"
+            )
+        if high >= outputs_dim:
+            raise ValueError(
+                f"labels hold {high} but the head has {outputs_dim} outputs: "
+                f"pass labels=[...] with {high + 1} names"
+            )
+
+
+@dataclass(frozen=True)
+class Regression(_Supervised):
+    r"""Squared error, $\ell = \sum (z - y)^2$ over the values of an item, divided by their number.
+
+    The total is the sum over all values, the count how many there are: one big batch gives
+    `torch.nn.functional.mse_loss`. Its unit is that of the label, squared.
+    """
+
+    def counts(self, batch: Batch) -> tuple[Number, ...]:
+        """The counts that `loss` will return for this batch, known without a forward pass."""
+        return (_labels(batch).numel(),)
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Loss:
+        """Sum of the squared errors of outputs `(n, d)` against labels of the same shape.
+
+        Labels `(n,)` go with outputs `(n, 1)` or `(n,)`.
+
+        Raises:
+            ValueError: the shapes differ; broadcasting them would score every pair of items.
+        """
+        outputs, labels = _at_least_float32(outputs), _labels(batch)
+        if labels.dim() == outputs.dim() - 1 and outputs.shape[-1] == 1:
+            outputs = outputs.squeeze(-1)
+        if outputs.shape != labels.shape:
+            raise ValueError(
+                f"the outputs have shape {tuple(outputs.shape)} but the labels "
+                f"{tuple(labels.shape)}: give the head one output for each value of a label"
+            )
+        errors = outputs - labels.to(outputs.dtype)
+        return Loss(errors.square().sum(), labels.numel())
+
+    def validate(self, labels: Any, outputs_dim: int) -> None:
+        """Check the values of a whole data set against the head, once, before training.
+
+        Args:
+            labels: numbers of shape `(n,)` or `(n, d)`, a tensor or an array, on any device.
+            outputs_dim: the number of outputs of the head, d.
+
+        Raises:
+            ValueError: the labels are not d a row, or one is NaN or infinite.
+        """
+        labels = torch.as_tensor(labels)
+        width = 1 if labels.dim() == 1 else labels.shape[-1]
+        if labels.dim() not in (1, 2) or width != outputs_dim:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)} but the head has {outputs_dim} outputs: "
+                "give the head one output for each value of a label"
+            )
+        bad = int((~torch.isfinite(labels)).sum())
+        if bad:
+            raise ValueError(
+                f"labels hold {bad} values that are NaN or infinite, but finite values are "
+                "expected: drop those items or fill them in"
+            )
+
+
+classification = Classification
+regression = Regression
