@@ -1,0 +1,96 @@
+"""The tables that the appendix pages show, made from what was executed and what is declared."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+
+from tools import equations, labs
+
+
+def claims_table(book: labs.Book) -> str:
+    """Return all executed claims, a table for each lab, under a line about the run."""
+    pieces = []
+    for lab in book.labs():
+        claims, run = lab.claims(), lab.run()
+        if claims:
+            pieces.append(f"**[](/notebooks/{lab.name}.ipynb)**, {_about(run)}")
+            pieces.append(_rows("claim", claims))
+    return "\n\n".join(pieces) or "No lab was executed: run `make book`."
+
+
+def recorded_table(book: labs.Book) -> str:
+    """Return all claims of the recorded full-size runs, as `claims_table` does."""
+    pieces = []
+    for lab in book.labs():
+        claims = lab.recorded_claims()
+        if claims:
+            run = next(iter(claims.values()))["run"]
+            pieces.append(f"**[](/notebooks/{lab.name}.ipynb)**, {_about(run)}")
+            pieces.append(_rows("recorded", claims))
+    return "\n\n".join(pieces) or "No full-size run is recorded yet."
+
+
+def _about(run: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    commit = f", commit {run['commit']}" if run.get("commit") else ""
+    return (
+        f"profile {run['profile']}, seed {run['seed']}: {run['seconds']:.0f} s and "
+        f"{run['peak_memory_mib']:,} MiB on {labs.machine(run)}; "
+        f"{run['started'][:16].replace('T', ' ')} UTC; {versions}{commit}"
+    )
+
+
+def _rows(kind: str, claims: dict[str, dict]) -> str:
+    rows = ["| claim | value | asserted interval | seeds | test split |", "|---|--:|---|--:|---|"]
+    for name, claim in claims.items():
+        anchor = f"{kind}-{name}".replace(".", "-")
+        value = f"{claim['value']:.5g}" if claim["evaluated"] else "not evaluated"
+        opened = ", ".join(claim.get("test_opened", [])) or "not opened"
+        rows.append(
+            f'| <span id="{anchor}">`{name}`</span> | {value} | '
+            f"{claim['low']:g} to {claim['high']:g} | {claim['seeds']} | {opened} |"
+        )
+    return "\n".join(rows)
+
+
+def asset_cards(_book: labs.Book) -> str:
+    """Return a section for each asset of the manifest: what it is, whose, and from where."""
+    manifest = tomllib.loads((labs.ROOT / "transferkit" / "assets.toml").read_text("utf-8"))
+    pieces = []
+    for name, asset in manifest["assets"].items():
+        lines = [
+            f"(asset-{name})=",
+            f"### `{name}`",
+            "",
+            f"{asset['title']} ({asset['type']}).",
+            "",
+        ]
+        for key in ("origin", "licence", "citation"):
+            if key in asset:
+                lines.append(f"- {key.capitalize()}: {asset[key]}")
+        archives = sorted({f["archive"] for f in asset["files"].values() if "archive" in f})
+        for archive in archives:
+            card = manifest["archives"][archive]
+            lines.append(
+                f"- From `{archive}=={card['version']}` ({card['kind']}, {card['size']} MiB; the "
+                f"package declares {card['licence']})"
+            )
+        lines += [_file(file) for file in asset["files"].values()]
+        pieces.append("\n".join(lines))
+    return "\n\n".join(pieces)
+
+
+def _file(file: dict) -> str:
+    member = f"`{file['member']}`" if "member" in file else f"`{file['members']}`"
+    if "sha256" in file:
+        return f"- SHA-256 of {member}: `{file['sha256']}`"
+    return f"- {member}, each with the SHA-256 that the archive's own record gives"
+
+
+TABLES: dict[str, Callable[[labs.Book], str]] = {
+    "claims-table": claims_table,
+    "recorded-table": recorded_table,
+    "equations-table": equations.table,
+    "asset-cards": asset_cards,
+}

@@ -1,0 +1,113 @@
+"""The input key of a lab: it changes when, and only when, the lab's result could change.
+
+A lab's inputs are its own cells, the modules of `transferkit` that it reaches, the locked
+versions, the assets manifest, the profile and the Python version. Modules are found by reading
+imports, never by running them; where reading cannot tell, all modules count.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import platform
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from tools import labs
+
+PACKAGE = labs.ROOT / "transferkit"
+
+
+def key(lab: labs.Lab, profile: str) -> str:
+    """Return the SHA-256 of all inputs of `lab` in `profile`."""
+    notebook = lab.notebook()
+    cells = [(c["cell_type"], labs.source(c), sorted(labs.tags(c))) for c in notebook["cells"]]
+    parts = {
+        "cells": cells,
+        "declared": lab.declared,
+        "profile": profile,
+        "python": platform.python_version(),
+        "modules": {p.stem: _hash(p) for p in sorted(modules(notebook))},
+        "lock": _hash(labs.ROOT / "requirements.lock"),
+        "assets": _hash(PACKAGE / "assets.toml"),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def modules(notebook: dict) -> set[Path]:
+    """Return the files of `transferkit` that a notebook reaches, directly or through others."""
+    names = table()
+    code = "\n".join(plain(labs.source(c)) for _, c in labs.code_cells(notebook))
+    waiting = used(ast.parse(code), names) | {"__init__"}
+    reached: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        reached.add(name)
+        file = PACKAGE / f"{name}.py"
+        if name != "__init__" and file.exists():
+            waiting |= _needs(file, file.stat().st_mtime_ns) - reached
+    return {p for n in reached if (p := PACKAGE / f"{n}.py").exists()}
+
+
+@lru_cache(maxsize=256)
+def _needs(file: Path, _time: int) -> frozenset[str]:
+    return frozenset(used(ast.parse(file.read_text("utf-8")), table()))
+
+
+def table() -> dict[str, str]:
+    """Return the public names of `transferkit` and the module behind each, read from source."""
+    found = {path.stem: path.stem for path in PACKAGE.glob("*.py")}
+    tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
+    for node in tree.body:
+        named = isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "")
+        if named == "_NAMES":
+            found |= ast.literal_eval(node.value)
+    return found
+
+
+def used(tree: ast.AST, names: dict[str, str]) -> set[str]:
+    """Return the modules of `transferkit` that this code names; all of them when in doubt."""
+    found: set[str] = set()
+    aliases: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for item in node.names:
+                first, *rest = item.name.split(".")
+                if first == "transferkit":
+                    found |= set(rest[:1])
+                    aliases.add(item.asname or first)
+        elif isinstance(node, ast.ImportFrom):
+            found |= _imported(node, names)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in aliases:
+            found |= {names[node.attr]} if node.attr in names else set()
+            node.value.id = None  # accounted for: what is left below is a use we cannot read
+    doubtful = any(isinstance(n, ast.Name) and n.id in aliases for n in ast.walk(tree))
+    dynamic = any(
+        isinstance(n, ast.Attribute) and n.attr == "import_module" for n in ast.walk(tree)
+    )
+    return set(names.values()) if doubtful or dynamic else found
+
+
+def _imported(node: ast.ImportFrom, names: dict[str, str]) -> set[str]:
+    path = (node.module or "").split(".")
+    if node.level == 0:
+        if path[0] != "transferkit":
+            return set()
+        path = path[1:] or [""]
+    if path[0]:
+        return {path[0]}
+    if any(item.name == "*" for item in node.names):
+        return set(names.values())
+    return {names[item.name] for item in node.names if item.name in names}
+
+
+def plain(code: str) -> str:
+    """Drop lines that only IPython understands."""
+    return re.sub(r"^(\s*)[%!].*$", r"\1pass", code, flags=re.MULTILINE)
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
