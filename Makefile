@@ -8,7 +8,7 @@ QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false TRANSFERKIT_PROGRESS=0
 PYTEST := $(QUIET) $(RUN) -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lab serve full diagrams lint lock clean
+.PHONY: help setup book test lab serve full bench diagrams lint lock clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,9 @@ serve: book  ## serve the book to this machine; to the local network with SHARE=
 full: setup  ## run one lab at full size and record it: LAB=part/name
 	@test -n "$(LAB)" || { echo "make full: name the lab, LAB=part/name"; exit 2; }
 	@$(RUN) -m tools.execute --profile full $(LAB)
+
+bench: setup  ## measure a training step beside bare loops
+	@$(QUIET) $(RUN) benchmarks/step.py
 
 diagrams: setup  ## draw the diagrams whose source changed (needs npm and Chromium)
 	@$(RUN) -m tools.diagrams

@@ -17,6 +17,7 @@ _MODULES = (
     "claims",
     "data",
     "datasets",
+    "devices",
     "engine",
     "figures",
     "layers",
@@ -26,6 +27,7 @@ _MODULES = (
     "optim",
     "plan",
     "profiles",
+    "show",
 )
 
 _NAMES = {

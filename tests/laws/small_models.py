@@ -1,0 +1,117 @@
+"""Small models and data for the laws, made in milliseconds."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import transferkit as tk
+
+
+class Embed(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.table = nn.Embedding(50, width)
+
+    def forward(self, inputs):
+        mask = inputs["attention_mask"].bool()
+        return {"hidden": self.table(inputs["input_ids"]), "mask": mask}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, dropout: float):
+        super().__init__()
+        self.mix = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, state):
+        hidden, mask = state["hidden"], state["mask"]
+        mixed, _ = self.mix(hidden, hidden, hidden, key_padding_mask=~mask, need_weights=False)
+        return {"hidden": self.norm(hidden + self.dropout(mixed)), "mask": mask}
+
+
+class Pool(nn.Module):
+    def forward(self, state):
+        weight = state["mask"].unsqueeze(-1).to(state["hidden"].dtype)
+        return (state["hidden"] * weight).sum(1) / weight.sum(1)
+
+
+def tiny_encoder(seed: int = 0, width: int = 8, dropout: float = 0.2) -> tk.Staged:
+    """A transformer encoder of two layers over 50 tokens, with three labels."""
+    torch.manual_seed(seed)
+    return tk.Staged(
+        [
+            ("embeddings", Embed(width)),
+            ("layer.0", Block(width, dropout)),
+            ("layer.1", Block(width, dropout)),
+            ("pool", Pool()),
+            ("head", nn.Linear(width, 3)),
+        ],
+        labels=["a", "b", "c"],
+    )
+
+
+def tiny_convnet(seed: int = 0) -> tk.Staged:
+    """Two convolutions with BatchNorm, a dropout stage and a head of three outputs."""
+    torch.manual_seed(seed)
+
+    def block(inputs: int, outputs: int) -> nn.Module:
+        convolution = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
+        return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+
+    return tk.Staged(
+        [
+            ("stem", block(3, 6)),
+            ("blocks.0", block(6, 8)),
+            ("pool", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())),
+            ("dropout", nn.Dropout(0.3)),
+            ("head", nn.Linear(8, 3)),
+        ],
+        labels=["a", "b", "c"],
+    )
+
+
+class Words:
+    """A tokenizer of numbers: `"3 1 4"` has the tokens 3, 1 and 4."""
+
+    pad_token_id = 0
+
+    def __call__(self, texts, truncation, max_length):
+        return {"input_ids": [[int(t) for t in text.split()][:max_length] for text in texts]}
+
+
+def some_texts(count: int, seed: int = 0) -> tk.data.Texts:
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        length = int(torch.randint(1, 12, (), generator=generator))
+        tokens = torch.randint(1, 50, (length,), generator=generator)
+        rows.append(" ".join(map(str, tokens.tolist())))
+    labels = torch.randint(0, 3, (count,), generator=generator)
+    return tk.data.texts(rows, labels, Words(), 16)
+
+
+def some_images(count: int, augment=None, views=None, seed: int = 0) -> tk.data.Images:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, 10, 10, 3), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 3, (count,), generator=generator)
+    mean, std = [0.5] * 3, [0.25] * 3
+    return tk.data.images(pixels.numpy(), labels, 8, mean, std, augment, views)
+
+
+def noisy_flip(images, generator):
+    """An augmentation: a flip for half of the images, and a little noise."""
+    if torch.rand((), generator=generator) < 0.5:
+        images = images.flip(-1)
+    return images + 0.05 * torch.randn(images.shape, generator=generator)
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all parameters and buffers."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(left: dict, right: dict) -> bool:
+    """Whether two states agree bit for bit."""
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)

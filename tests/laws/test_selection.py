@@ -1,0 +1,118 @@
+"""Law 9: NaN is never the best, and the best weights are restored."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from small_models import same, some_images, state_of, tiny_convnet
+
+import transferkit as tk
+from transferkit import engine
+
+
+def _fit(monkeypatch, values, higher=True, plan=None, **settings):
+    # A metric that says what the test wants, and the weights as they were at each epoch.
+    told, states = iter(values), []
+
+    def told_score(logits, labels):
+        return next(told)
+
+    told_score.higher_is_better = higher
+    close = engine.Training._close_epoch
+
+    def watched(self, row):
+        states.append(state_of(self.model))
+        close(self, row)
+
+    monkeypatch.setattr(engine.Training, "_close_epoch", watched)
+    model = tiny_convnet()
+    run = tk.fit(
+        model,
+        tk.classification(),
+        some_images(8),
+        some_images(4, seed=1),
+        plan=plan or [tk.finetune(len(values), lr=0.01)],
+        metrics=[told_score],
+        **settings,
+    )
+    return model, run, states
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_nan_is_never_the_best(monkeypatch, higher):
+    values = [math.nan, 0.3, math.nan, 0.3]
+    model, run, states = _fit(monkeypatch, values, higher)
+    assert run.best["epoch"] == 2
+    assert same(state_of(model), states[1])
+
+
+def test_the_weights_of_the_best_epoch_are_restored(monkeypatch):
+    model, run, states = _fit(monkeypatch, [0.1, 0.9, 0.5, 0.2])
+    assert run.best["epoch"] == 2 and run.best["told_score"] == 0.9
+    assert same(state_of(model), states[1])
+
+
+def test_where_lower_is_better_the_lowest_is_restored(monkeypatch):
+    model, run, states = _fit(monkeypatch, [0.9, 0.2, 0.1, 0.5], higher=False)
+    assert run.best["epoch"] == 3
+    assert same(state_of(model), states[2])
+
+
+def test_the_last_weights_stay_if_asked_for(monkeypatch):
+    model, run, states = _fit(monkeypatch, [0.9, 0.2], restore="last")
+    assert run.best["epoch"] == 2
+    assert same(state_of(model), states[1])
+
+
+def test_each_phase_starts_from_the_best_weights_of_those_before(monkeypatch):
+    starts = []
+    epoch = engine.Training._epoch
+
+    def watched(self):
+        if self.state.phase_epoch == 0:
+            starts.append(state_of(self.model))
+        epoch(self)
+
+    monkeypatch.setattr(engine.Training, "_epoch", watched)
+    plan = [tk.linear_probe(3, lr=0.1), tk.finetune(2, lr=0.01)]
+    _, _, states = _fit(monkeypatch, [0.2, 0.8, 0.4, 0.3, 0.9], plan=plan)
+    assert same(starts[1], states[1])
+
+
+def test_a_phase_that_only_does_harm_is_undone(monkeypatch):
+    plan = [tk.linear_probe(2, lr=0.1), tk.finetune(2, lr=0.01)]
+    model, run, states = _fit(monkeypatch, [0.2, 0.8, 0.4, 0.3], plan=plan)
+    assert run.best["epoch"] == 2 and run.best["phase"] == "linear_probe"
+    assert same(state_of(model), states[1])
+
+
+def test_patience_counts_within_a_phase(monkeypatch):
+    plan = [tk.finetune(6, lr=0.01, name="one"), tk.finetune(6, lr=0.01, name="two")]
+    values = [0.5, 0.6, 0.1, 0.2] + [0.3, 0.4, 0.4, math.nan] + [1.0] * 4
+    _, run, _ = _fit(monkeypatch, values, plan=plan, patience=2)
+    assert [row["phase"] for row in run.history] == ["one"] * 4 + ["two"] * 4
+
+
+def test_fit_leaves_the_random_state_of_the_caller_alone(monkeypatch):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    model, data = tiny_convnet(), some_images(8)
+    torch.manual_seed(7)
+    tk.fit(model, tk.classification(), data, plan=[tk.finetune(1)])
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_two_runs_with_one_seed_agree_bit_for_bit_and_another_seed_differs():
+    def trained(seed):
+        model = tiny_convnet()
+        tk.fit(
+            model, tk.classification(), some_images(10), plan=[tk.finetune(2, lr=0.01)], seed=seed,
+            batch_size=4,
+        )  # fmt: skip
+        return state_of(model)
+
+    assert same(trained(0), trained(0))
+    assert not same(trained(0), trained(1))

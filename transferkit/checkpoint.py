@@ -1,0 +1,209 @@
+"""What is kept on disk. The one idea: a run's state is small and named, so a file is readable.
+
+Tensors go into safetensors files, everything else into JSON, which a safetensors file carries in
+its header: one file, renamed into place, is one consistent state at any moment. Nothing here can
+execute code when it is read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from transferkit import show
+from transferkit.data import content_hash
+
+FORMAT = 2
+LOADERS = ("transferkit.models.load",)  # a file must not choose what code runs
+LAST = "last.safetensors"
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, shared ones once, under their first name."""
+    found: dict[tuple, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        found.setdefault(place if tensor.numel() else name, (name, tensor))
+    return dict(found.values())
+
+
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
+    """A short hash of the values of named tensors."""
+    return content_hash(*(tensors[name] for name in sorted(tensors)))[:16]
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], origin: str | Path) -> None:
+    """Copy stored tensors into a model of the same architecture.
+
+    Raises:
+        ValueError: names or shapes differ; the first differences are named.
+    """
+    own = tensors_of(model)
+    wrong = sorted(own.keys() ^ tensors.keys())
+    wrong += [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
+    if wrong:
+        few = f"{len(wrong)} tensors differ in name or shape, the first {', '.join(wrong[:3])}"
+        raise ValueError(f"{origin} does not fit the model: {few}; build it as it was then")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON-able dictionary to one safetensors file, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    solid = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    unfinished = path.with_name(f".{path.name}.part")
+    save_file(solid, unfinished, metadata={"json": json.dumps({"format": FORMAT, **about})})
+    with open(unfinished, "rb+") as file:
+        os.fsync(file.fileno())  # whole before it gets its name, even if the power fails
+    os.replace(unfinished, path)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and the dictionary of a file that `write` made.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or no checkpoint of this library's format.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: check the folder's name")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["json"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint ({error}): delete it") from error
+    if about.get("format") != FORMAT:
+        remedy = "read it with the version of transferkit that wrote it, or delete it"
+        raise ValueError(f"{path} has format {about.get('format')}, not {FORMAT}: {remedy}")
+    return tensors, about
+
+
+def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors, as `name of the parameter @ name of the moment`."""
+    states = [(n, optimizer.state.get(p, {})) for n, p in model.named_parameters()]
+    return {f"{name}@{kind}": value for name, state in states for kind, value in state.items()
+            if isinstance(value, Tensor)}  # fmt: skip
+
+
+def fill_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping) -> None:
+    """Give a new optimizer the tensors that `moments` returned."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, kind = key.rsplit("@", 1)
+        # the step count of the fused kernels, too, lives where the parameter does
+        optimizer.state[parameters[name]][kind] = value.to(parameters[name].device)
+
+
+def save_run(
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None,
+    about: Mapping[str, Any], best: Mapping[str, Tensor],
+) -> None:  # fmt: skip
+    """Store a run's state so that it can go on from here.
+
+    Args:
+        about: counters, history, and what identifies the run. `about["best_file"]` names the file
+            of the best weights; older ones are removed only when the new state stands.
+        best: these weights, written first; empty if the file stands already.
+    """
+    best_file = about.get("best_file")
+    if best:
+        write(directory / best_file, best, {"labels": about["labels"]})
+    tensors = {f"model/{name}": tensor for name, tensor in tensors_of(model).items()}
+    if optimizer is not None:
+        found = moments(model, optimizer)
+        tensors |= {f"moments/{name}": tensor for name, tensor in found.items()}
+    write(directory / LAST, tensors, about)
+    for path in directory.glob("best-*.safetensors"):
+        if path.name != best_file:
+            path.unlink(missing_ok=True)
+
+
+def load_run(directory: Path, identity: Mapping[str, Any]) -> tuple[dict, dict, dict, dict] | None:
+    """Weights, moments, best weights and `about`, as `save_run` stored them; None if nothing is.
+
+    Raises:
+        ValueError: the directory holds another run; what differs is named.
+    """
+    if not (directory / LAST).exists():
+        return None
+    tensors, about = read(directory / LAST)
+    parts: dict[str, dict] = {"model": {}, "moments": {}}
+    for key, tensor in tensors.items():
+        kind, name = key.split("/", 1)
+        parts[kind][name] = tensor
+    stored, identity = about["identity"], json.loads(json.dumps(identity))
+    if identity.get("weights") == weights_hash(parts["model"]):
+        identity["weights"] = stored["weights"]  # the very model that was interrupted
+    changes = [f"{k}: {stored.get(k)!r} → {v!r}" for k, v in identity.items() if stored.get(k) != v]
+    if changes:
+        raise ValueError(
+            f"{directory} holds another run ({'; '.join(changes)}): go on with the model, data and "
+            "settings of then, or choose another directory, or delete it to start again"
+        )
+    best = read(directory / about["best_file"])[0] if "best_file" in about else {}
+    return parts["model"], parts["moments"], best, about
+
+
+def save_model(directory: str | Path, model: nn.Module, result: Mapping[str, Any]) -> Path:
+    """Write weights, a description from which `load` rebuilds the model, and a short model card.
+
+    Args:
+        result: what to say of the training: the best epoch, the plan, the seed, versions.
+    """
+    directory = Path(directory)
+    about = {
+        "labels": getattr(model, "labels", None),
+        "name": getattr(model, "name", "") or type(model).__name__,
+        "recipe": getattr(model, "recipe", None),
+        "weights_hash": getattr(model, "weights_hash", ""),
+        "result": result,
+    }
+    write(directory / "model.safetensors", tensors_of(model), about)
+    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+    (directory / "model.json").write_text(text, encoding="utf-8")
+    size = sum(parameter.numel() for parameter in model.parameters())
+    (directory / "README.md").write_text(show.card(about, size), encoding="utf-8")
+    return directory
+
+
+def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The model that `Run.save` stored, in eval mode.
+
+    Args:
+        model: the same architecture, for a model that `transferkit` did not build itself.
+
+    Raises:
+        FileNotFoundError: the directory holds no model.
+        ValueError: the file is damaged, or the model does not fit, or is needed and not given.
+    """
+    path = Path(directory) / "model.safetensors"
+    tensors, about = read(path)
+    if model is None:
+        model = _rebuild(about["recipe"], path)
+    fill(model, tensors, path)
+    if about["labels"] is not None:
+        model.labels = about["labels"]
+    return model.eval()
+
+
+def _rebuild(recipe: Mapping[str, Any] | None, path: Path) -> nn.Module:
+    loader = (recipe or {}).get("loader", "")
+    if loader not in LOADERS:
+        remedy = "pass the same architecture as tk.load(directory, model=...)"
+        raise ValueError(f"{path} does not say how to build its model: {remedy}")
+    arguments = dict(recipe["arguments"])
+    arguments |= {"pretrained": False} if "pretrained" in arguments else {}  # weights: the file's
+    module, _, name = loader.rpartition(".")
+    return getattr(importlib.import_module(module), name)(**arguments)

@@ -1,0 +1,421 @@
+"""Which items a step sees, and as what. The one idea: order and augmentation are pure functions.
+
+The order of an epoch follows from (seed, epoch), the augmentation of an item from
+(seed, epoch, index). Nothing is kept in a generator's state, so a run that resumes in mid-epoch
+draws the very batches it would have drawn, without reading those before, with any number of worker
+processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_POOL = 64  # batches that are sorted by length together
+
+
+@dataclass(slots=True)
+class Batch:
+    """Some items of a source, ready for the model.
+
+    Attributes:
+        inputs: tensor `(batch, ...)`, or a dictionary of such tensors.
+        labels: tensor `(batch, ...)`, or None where the items have none.
+        index: the items' numbers in their source, int64 `(batch,)`.
+    """
+
+    inputs: Tensor | dict[str, Tensor]
+    labels: Tensor | None
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        inputs, labels = self.inputs, self.labels
+        single = isinstance(inputs, Tensor)
+        inputs = change(inputs) if single else {n: change(part) for n, part in inputs.items()}
+        return Batch(inputs, None if labels is None else change(labels), self.index)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device. The index stays where it is: only the host asks for it."""
+        if device.type == "cpu":
+            return self
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch in pinned memory, from where a copy to the device waits for nothing."""
+        return self._map(Tensor.pin_memory)
+
+
+class Source(Protocol):
+    """What the engine asks of data: many items at once, as a pure function of the arguments.
+
+    Attributes:
+        labels: the labels of all items as one tensor, or None if they are only known when fetched.
+        lengths: tokens of each item, int64 `(n,)`, or None: batches then mix all lengths.
+        views: in how many ways an item can look: 1 without augmentation, k where epoch e shows view
+            e mod k, None where every epoch shows a new one.
+    """
+
+    labels: Tensor | None
+    lengths: np.ndarray | None
+    views: int | None
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+        """The items `indices` as they look in `epoch`; `epoch=None` means unaugmented."""
+
+    def fingerprint(self) -> str | None:
+        """A hash of the inputs that `fetch` returns, or None if it cannot be known."""
+
+
+def mix(*numbers: int) -> int:
+    """Hash whole numbers into one seed of 63 bits (the finaliser of splitmix64, Steele 2014)."""
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:
+        state = (state ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def randomness(seed: int, epoch: int, index: int) -> torch.Generator:
+    """The generator for the augmentation of one item in one epoch."""
+    return torch.Generator().manual_seed(mix(seed, epoch, index))
+
+
+def order(
+    count: int, batch_size: int, seed: int, epoch: int, lengths: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """The batches of one epoch: every item once, shuffled, the last batch perhaps smaller.
+
+    With `lengths`, items of similar length share a batch: the shuffled items are cut into pools of
+    64 batches, each pool is sorted by length and cut into batches, and the batches are shuffled, so
+    that little is padded and the order is still random.
+
+    The result is one int64 array of item numbers a batch.
+    """
+    random = np.random.default_rng(mix(seed, epoch, count))
+    items = random.permutation(count)
+    cuts = [*range(0, count, batch_size), count]
+    if batch_size > 2 and len(cuts) > 2 and cuts[-1] - cuts[-2] == 1:
+        cuts[-2] -= 1  # two items, for BatchNorm cannot train on one
+    if lengths is None:
+        return [items[start:end] for start, end in pairwise(cuts)]
+    for first in range(0, len(cuts) - 1, _POOL):
+        pool = items[cuts[first] : cuts[min(first + _POOL, len(cuts) - 1)]]
+        pool[:] = pool[np.argsort(lengths[pool], kind="stable")]
+    batches = [items[start:end] for start, end in pairwise(cuts)]
+    return [batches[at] for at in random.permutation(len(batches))]
+
+
+def in_sequence(count: int, batch_size: int, lengths: np.ndarray | None) -> list[np.ndarray]:
+    """Batches for evaluation: every item once; the longest first, where lengths are known."""
+    items = np.arange(count) if lengths is None else np.argsort(-lengths, kind="stable")
+    return [items[at : at + batch_size] for at in range(0, count, batch_size)]
+
+
+class _Fetches(torch.utils.data.Dataset):
+    # One item of this data set is one batch, so that a worker fetches a whole batch at once.
+    def __init__(self, source: Source, batches: Sequence[np.ndarray], epoch: int | None, seed: int):
+        self.source, self.batches, self.epoch, self.seed = source, batches, epoch, seed
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, at: int) -> Batch:
+        return self.source.fetch(self.batches[at], self.epoch, self.seed)
+
+
+def stream(
+    source: Source, batches: Sequence[np.ndarray], epoch: int | None, seed: int,
+    workers: int = 0, pin: bool = False,
+) -> Iterator[Batch]:  # fmt: skip
+    """The given batches of a source, one after the other, fetched here or by worker processes."""
+    fetches = _Fetches(source, batches, epoch, seed)
+    if not workers:
+        return map(fetches.__getitem__, range(len(batches)))
+    # With a generator of its own: the loader's draw of a base seed must not move the run's.
+    own, whole = torch.Generator(), {"batch_size": None, "num_workers": workers}
+    return iter(torch.utils.data.DataLoader(fetches, generator=own, pin_memory=pin, **whole))
+
+
+def content_hash(*parts: Any) -> str:
+    """SHA-256 over tensors (type, shape, values) and the `repr` of anything else."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            digest.update(repr((part.dtype, tuple(part.shape))).encode())
+            part = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(part.numpy())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()
+
+
+def _labels_for(count: int, labels: Any) -> Tensor | None:
+    if count < 1:
+        raise ValueError("the data are empty, but at least one item is expected: check the split")
+    labels = None if labels is None else _tensor(labels)
+    if labels is not None and len(labels) != count:
+        raise ValueError(f"there are {count} items but {len(labels)} labels: pass one for each")
+    return labels
+
+
+def _tensor(values: Any) -> Tensor:
+    # Arrays and lists come as numpy and Python make them; a tensor is meant to be what it is.
+    if isinstance(values, Tensor):
+        return values
+    values = torch.as_tensor(np.asarray(values))
+    whole = values.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8)
+    return values.float() if values.dtype == torch.float64 else values.long() if whole else values
+
+
+def ragged(lengths: np.ndarray, ends: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Where the tokens of some rows are, padded to a batch and in one long column of all tokens.
+
+    Args:
+        lengths, ends: of every row, in tokens; `ends` are the lengths summed up to and with it.
+
+    Returns:
+        bool `(batch, length)`, True for a token; int64, the places of these in the column.
+    """
+    length = lengths[rows][:, None]
+    place = np.arange(length.max())
+    real = place < length
+    return torch.from_numpy(real), torch.from_numpy((ends[rows][:, None] - length + place)[real])
+
+
+class Tensors:
+    """A source of inputs `(n, ...)` and labels `(n, ...)`, tensors or arrays, held in memory.
+
+    Of arrays, float64 becomes float32, and small whole numbers become int64; tensors stay.
+
+    Raises:
+        ValueError: there is no item, or the labels are not as many as the inputs.
+    """
+
+    lengths = None
+    views = 1
+
+    def __init__(self, inputs: Any, labels: Any = None):
+        self.inputs = _tensor(inputs)
+        self.labels = _labels_for(len(self.inputs), labels)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+        index = torch.as_tensor(indices)
+        labels = None if self.labels is None else self.labels[index]
+        return Batch(self.inputs[index], labels, index)
+
+    def fingerprint(self) -> str:
+        return content_hash(self.inputs)
+
+
+class Texts:
+    """A source of texts, tokenised once, padded to the longest of each batch.
+
+    Its inputs are `{"input_ids": int64 (batch, length), "attention_mask": int64 (batch, length)}`.
+
+    Args:
+        texts: n strings.
+        labels: n labels, or None.
+        tokenizer: one of transformers, or any callable that takes the texts with `truncation=True,
+            max_length=...`, returns a mapping with a list of "input_ids" for each, and may have
+            `pad_token_id` (else 0).
+        max_length: tokens that are kept of each text, special ones included.
+
+    Raises:
+        ValueError: there is no text, one has no tokens, or the labels are not as many.
+    """
+
+    views = 1
+
+    def __init__(self, texts: Sequence[str], labels: Any, tokenizer: Callable, max_length: int):
+        self.labels = _labels_for(len(texts), labels)
+        rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+        self.lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        if not self.lengths.all():
+            remedy = "drop empty texts, or let the tokenizer add its special tokens"
+            raise ValueError(f"text {self.lengths.argmin()} has no tokens: {remedy}")
+        self._ends = np.cumsum(self.lengths)
+        self.padding = getattr(tokenizer, "pad_token_id", None) or 0
+        self.tokens = torch.tensor([token for row in rows for token in row])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+        index = torch.as_tensor(indices)
+        real, place = ragged(self.lengths, self._ends, index.numpy())
+        ids = torch.full(real.shape, self.padding)
+        ids[real] = self.tokens[place]
+        labels = None if self.labels is None else self.labels[index]
+        return Batch({"input_ids": ids, "attention_mask": real.long()}, labels, index)
+
+    def fingerprint(self) -> str:
+        return content_hash(self.tokens, self.lengths.tolist(), self.padding)
+
+
+class Images:
+    """A source of images, resized once, normalised when fetched: float32 `(batch, 3, size, size)`.
+
+    Args:
+        array: uint8, `(n, height, width)` grey or `(n, height, width, 3)`.
+        labels: n labels, or None.
+        size: height and width that the model sees, in pixels (bilinear, antialiased).
+        mean, std: of the three channels, for values in [0, 1].
+        augment: takes one image in [0, 1] as `(1, channels, size, size)`, one channel if grey, and
+            a generator from which it must draw all its randomness; returns the same shape.
+        views: with k, epoch e shows view e mod k of each image, so that features can be cached;
+            None shows a new view in every epoch.
+
+    Raises:
+        ValueError: there is no image, the array is not uint8 of such a shape, or the labels are
+            not as many.
+    """
+
+    lengths = None
+
+    def __init__(
+        self, array: np.ndarray, labels: Any, size: int, mean: Sequence[float],
+        std: Sequence[float], augment: Callable | None = None, views: int | None = None,
+    ):  # fmt: skip
+        array = np.asarray(array)
+        if array.dtype != np.uint8 or array.ndim < 3 or array.shape[3:] not in ((), (3,)):
+            what = f"the images are {array.dtype} of shape {array.shape}, but uint8 (n, height, "
+            raise ValueError(f"{what}width) or (n, height, width, 3) is expected: convert them")
+        self.labels = _labels_for(len(array), labels)
+        pixels = torch.from_numpy(np.ascontiguousarray(array))
+        pixels = pixels.unsqueeze(1) if array.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        if pixels.shape[2:] != (size, size):
+            pixels = torch.cat([_resize(chunk, size) for chunk in pixels.split(256)])
+        self.pixels = pixels.contiguous()
+        self.mean, self.std = (torch.tensor(part).float().view(-1, 1, 1) for part in (mean, std))
+        self.augment, self.views = augment, views if augment else 1
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+        index = torch.as_tensor(indices)
+        images = self.pixels[index].float().div_(255)
+        if self.augment is not None and epoch is not None:
+            view = epoch if self.views is None else epoch % self.views
+            each = zip(images.split(1), index.tolist(), strict=True)
+            images = torch.cat([self.augment(one, randomness(seed, view, i)) for one, i in each])
+        # A grey image becomes three equal channels here, so that memory holds only one. Channels
+        # last: convolutions of a processor run faster in this layout.
+        images = images.sub(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
+        return Batch(images, None if self.labels is None else self.labels[index], index)
+
+    def fingerprint(self) -> str | None:
+        # The text of an augmentation does not say what it closes over, so none is claimed.
+        return None if self.augment else content_hash(self.pixels, self.mean, self.std)
+
+    def augmented(self, augment: Callable, views: int | None = None) -> Images:
+        """The same images with an augmentation."""
+        twin = copy(self)
+        twin.augment, twin.views = augment, views
+        return twin
+
+
+def _resize(pixels: Tensor, size: int) -> Tensor:
+    resized = F.interpolate(pixels.float(), size=(size, size), mode="bilinear", antialias=True)
+    return resized.round_().clamp_(0, 255).to(torch.uint8)
+
+
+class Examples:
+    """A source around a torch data set whose items are `(input, label)`, dictionaries or tensors.
+
+    Its random transforms must draw from torch's default generator, which is seeded for each item.
+
+    Args:
+        dataset: anything with `__len__` and `__getitem__`.
+        views: 1 promises that an item always looks the same, so that its features can be cached.
+
+    Raises:
+        ValueError: the data set is empty.
+        TypeError: when fetched, an item is none of these.
+    """
+
+    labels = lengths = None
+
+    def __init__(self, dataset: Any, views: int | None = None):
+        _labels_for(len(dataset), None)
+        self.dataset, self.views = dataset, views
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+        epoch = 0 if epoch is None else epoch
+        view = epoch if self.views is None else epoch % self.views
+        index, rows, random = torch.as_tensor(indices), [], torch.get_rng_state()
+        for item in index.tolist():
+            # the default generator alone: `torch.manual_seed` visits all devices, 70 times slower
+            torch.default_generator.manual_seed(mix(seed, view, item))
+            rows.append(self.dataset[item])
+        torch.set_rng_state(random)
+        inputs, labels = torch.utils.data.default_collate(rows), None
+        if isinstance(inputs, Mapping):
+            inputs = dict(inputs)
+            labels = inputs.pop("labels", inputs.pop("label", None))
+        elif not isinstance(inputs, Tensor):
+            if len(inputs) != 2:
+                expected = "(input, label), a dictionary with 'labels', or a tensor"
+                raise TypeError(f"an item has {len(inputs)} parts: make it {expected}")
+            inputs, labels = inputs
+        return Batch(inputs, labels, index)
+
+    def fingerprint(self) -> None:
+        return None
+
+
+tensors, texts, images, examples = Tensors, Texts, Images, Examples
+
+
+def as_source(data: Any, model: nn.Module | None = None) -> Source:
+    """Make a source of a source, a pair `(inputs, labels)`, a tensor, a torch data set, or a split.
+
+    A split is prepared by the model, if that has a method `prepare(split)`.
+
+    Raises:
+        TypeError: the data are none of these, or the model cannot prepare a split.
+        ValueError: the data are empty.
+    """
+    if hasattr(data, "fetch"):
+        _labels_for(len(data), None)
+        return data
+    pair = isinstance(data, (tuple, list)) and len(data) == 2
+    if pair and (isinstance(data, tuple) or all(hasattr(part, "shape") for part in data)):
+        return Tensors(*data)
+    if isinstance(data, Tensor):
+        return Tensors(data)
+    if hasattr(data, "kind") and hasattr(data, "inputs"):  # a split of transferkit.datasets
+        prepare = getattr(model, "prepare", None)
+        if prepare is None:
+            raise TypeError(
+                f"the model {type(model).__name__} cannot prepare a split: use a model of "
+                "tk.models.load, or make a source with tk.data.texts, images or tensors"
+            )
+        return prepare(data)
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
+        return Examples(data)
+    raise TypeError(
+        f"the data are a {type(data).__name__}, but a split, a source, a pair (inputs, labels) or "
+        "a torch data set is expected: see transferkit.data"
+    )

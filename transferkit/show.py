@@ -1,0 +1,117 @@
+"""What a person sees of a model and a run. The one idea: looking changes nothing.
+
+Tables, the progress bar, the curves and the model card are made from plain rows and numbers that
+the engine hands over; no training code depends on what is shown.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+
+class Table(list):
+    """Rows (dictionaries with mostly the same keys) that print as a table."""
+
+    def __repr__(self) -> str:
+        names = list(dict.fromkeys(name for row in self for name in row))
+        cells = [names, *([_cell(row.get(name)) for name in names] for row in self)]
+        widths = [max(len(row[at]) for row in cells) for at in range(len(names))]
+        words = [all(isinstance(row.get(name, ""), str) for row in self) for name in names]
+        return "\n".join(
+            "  ".join(
+                text.ljust(width) if is_word else text.rjust(width)
+                for text, width, is_word in zip(row, widths, words, strict=True)
+            ).rstrip()
+            for row in cells
+        )
+
+    __str__ = __repr__
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class Bar:
+    """A progress bar where somebody looks, on a terminal or in a notebook; silent elsewhere.
+
+    Args:
+        show: whether to show it; None decides by where it would go and TRANSFERKIT_PROGRESS.
+    """
+
+    def __init__(self, show: bool | None):
+        if show is None:
+            shell = sys.modules.get("IPython")
+            kernel = shell is not None and "ZMQ" in type(shell.get_ipython()).__name__
+            wanted = os.environ.get("TRANSFERKIT_PROGRESS") != "0"
+            show = wanted and (kernel or sys.stderr.isatty())
+        self.show, self.bar = show, None
+
+    def begin(self, name: str, updates: int, done: int) -> None:
+        """Start the bar of a phase."""
+        self.close()
+        if self.show:
+            with warnings.catch_warnings():  # tqdm may miss the widgets of notebooks
+                warnings.simplefilter("ignore")
+                from tqdm.auto import tqdm
+            self.bar = tqdm(total=updates, initial=done, desc=name, unit="update")
+
+    def advance(self) -> None:
+        """One update was made."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def note(self, row: Mapping[str, Any]) -> None:
+        """Show the numbers of an epoch beside the bar."""
+        if self.bar is not None:
+            self.bar.set_postfix({n: f"{v:.4g}" for n, v in row.items() if isinstance(v, float)})
+
+    def close(self) -> None:
+        """End the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def curves(history: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Any:
+    """A matplotlib figure of losses and metrics over the epochs, phases divided by lines."""
+    from matplotlib.figure import Figure
+
+    panels = [("loss", ["train_loss", "loss"])]
+    panels += [("on validation data", list(metrics))] if metrics else []
+    figure = Figure(figsize=(6.0, 2.8 * len(panels)), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axis, (title, names) in zip(axes, panels, strict=True):
+        for name in names:
+            values = [row.get(name, math.nan) for row in history]
+            if not all(map(math.isnan, values)):
+                axis.plot(epochs, values, marker="o", markersize=3)
+                axis.annotate(f" {name}", (epochs[-1], values[-1]), va="center")
+        for before, row in pairwise(history):
+            if before["phase"] != row["phase"]:
+                axis.axvline(row["epoch"] - 0.5, color="0.7", linewidth=0.8)
+        axis.set(xlabel="epoch", ylabel=title)
+        axis.margins(x=0.25)
+    return figure
+
+
+def card(about: Mapping[str, Any], parameters: int) -> str:
+    """A short model card in Markdown, from what `checkpoint.save_model` stores."""
+    lines = [f"# {about['name']}", "", f"{parameters:,} parameters, trained with transferkit.", ""]
+    if about["labels"]:
+        lines += [f"Labels: {', '.join(map(str, about['labels']))}", ""]
+    lines += [f"- {name}: {value}" for name, value in about["result"].items()]
+    load = "tk.load(directory)" if about["recipe"] else "tk.load(directory, model=...)"
+    lines += ["", "```python", "import transferkit as tk", "", f"model = {load}", "```", ""]
+    return "\n".join(lines)
