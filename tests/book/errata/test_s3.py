@@ -1,0 +1,191 @@
+"""The fourth article (sentiment, tags, advice): its errors happen, and their repairs work."""
+
+import importlib.metadata
+
+import pytest
+import torch
+import transformers
+from packaging.specifiers import SpecifierSet
+from sklearn.datasets import load_digits
+from sklearn.metrics import classification_report
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+TAGS = {"O": 0, "B-PER": 1, "I-PER": 2, "B-ORG": 3, "I-ORG": 4, "B-LOC": 5, "I-LOC": 6}
+
+
+def test_partial_fine_tuning_and_freezing_as_described_train_the_same_layers():
+    layers = list(range(12))
+    partial = {"trains": layers[-2:]}
+    frozen = {"freezes": layers[:-2]}
+    assert partial["trains"] == [layer for layer in layers if layer not in frozen["freezes"]]
+
+
+def test_the_minimum_is_the_same_wherever_training_starts_and_what_is_found_is_not():
+    def loss(theta):
+        return (theta**2 - 1) ** 2 + 0.3 * theta
+
+    def train(start):
+        theta = torch.tensor(start, requires_grad=True)
+        optimiser = torch.optim.SGD([theta], lr=0.01)
+        for _ in range(500):
+            optimiser.zero_grad()
+            loss(theta).backward()
+            optimiser.step()
+        return theta.item()
+
+    grid = torch.linspace(-2, 2, 4001)
+    best = grid[loss(grid).argmin()].item()
+    assert train(-1.5) == pytest.approx(best, abs=1e-2)
+    assert train(1.5) > 0 > best
+
+
+def test_a_tokenizer_cannot_be_moved_to_a_device(tiny_tokenizer):
+    with pytest.raises(AttributeError):
+        tiny_tokenizer.to("cpu")
+
+
+@pytest.fixture
+def encoder(tiny_bert):
+    return transformers.BertModel.from_pretrained(tiny_bert)
+
+
+def test_the_bare_encoder_has_no_output_for_classes(encoder, tiny_tokenizer):
+    output = encoder(**tiny_tokenizer(["a good film"], return_tensors="pt"))
+    assert not hasattr(output, "logits")
+    assert output.pooler_output.shape == (1, encoder.config.hidden_size)
+
+
+def test_an_optimiser_made_for_the_encoder_never_moves_a_head(encoder, tiny_tokenizer):
+    head = nn.Linear(encoder.config.hidden_size, 2)
+    before = head.weight.detach().clone()
+    optimiser = torch.optim.Adam(encoder.parameters(), lr=2e-5)
+    features = encoder(**tiny_tokenizer(["a good film"], return_tensors="pt")).pooler_output
+    F.cross_entropy(head(features), torch.tensor([1])).backward()
+    optimiser.step()
+    assert head.weight.equal(before)
+
+
+def test_neither_the_loss_nor_max_accepts_a_model_output(encoder, tiny_tokenizer):
+    output = encoder(**tiny_tokenizer(["a good film"], return_tensors="pt"))
+    with pytest.raises(TypeError):
+        nn.CrossEntropyLoss()(output, torch.tensor([1]))
+    with pytest.raises(TypeError):
+        torch.max(output, 1)
+
+
+def test_the_mean_of_batch_means_is_not_the_mean_over_the_examples():
+    losses = torch.tensor([0.0] * 16 + [1.0])
+    batches = [batch for (batch,) in DataLoader(TensorDataset(losses), batch_size=16)]
+    as_printed = sum(batch.mean().item() for batch in batches) / len(batches)
+    assert as_printed == 0.5
+    assert losses.mean().item() == pytest.approx(1 / 17)
+
+
+@pytest.mark.parametrize("image", [torch.zeros(3, 8, 8), torch.zeros(3, 8, 8).numpy()])
+def test_a_text_tokenizer_refuses_an_image(tiny_tokenizer, image):
+    with pytest.raises(ValueError, match="text input"):
+        tiny_tokenizer(image)
+
+
+class AsPrinted(Dataset):
+    """The labels of the article's data set, word for word; the inputs do not matter here."""
+
+    def __init__(self, labels, max_len=128):
+        self.labels, self.max_len = labels, max_len
+
+    def __getitem__(self, item):
+        encoded_label = [TAGS[label] for label in self.labels]
+        encoded_label.extend([TAGS["O"]] * (self.max_len - len(encoded_label)))
+        return torch.tensor(encoded_label)
+
+
+def test_every_item_gets_the_labels_of_all_items():
+    data = AsPrinted(["B-PER", "O", "B-LOC"])
+    assert data[0].equal(data[1]) and data[1].equal(data[2])
+    assert len(AsPrinted(["O"] * 200)[0]) == 200  # and no longer fits 128 inputs
+
+
+def test_padding_labelled_as_outside_dominates_the_loss():
+    logits = torch.zeros(1, 128, 7)
+    logits[..., 0] = 5  # a model that answers "O" everywhere
+    printed = torch.zeros(1, 128, dtype=torch.long)
+    printed[0, 1:6] = torch.tensor([1, 2, 0, 5, 6])
+    ignored = printed.clone()
+    ignored[0, 0] = -100
+    ignored[0, 6:] = -100
+    as_printed, right = (F.cross_entropy(logits[0], y[0]).item() for y in (printed, ignored))
+    assert (printed == 0).sum().item() == 124
+    assert right > 10 * as_printed
+
+
+def test_words_and_pieces_differ_in_number(english_pieces):
+    words = ["Unforgettable", "film", "by", "Almodóvar"]
+    assert len(english_pieces(" ".join(words))) == 10 > len(words) == 4
+
+
+def test_adamw_has_left_transformers_and_lives_in_torch():
+    with pytest.raises(ImportError):
+        from transformers import AdamW  # noqa: F401
+    assert issubclass(torch.optim.AdamW, torch.optim.Optimizer)
+
+
+def test_the_report_refuses_nested_lists():
+    truth, guess = [["O", "B-PER"], ["O", "O"]], [["O", "O"], ["O", "O"]]
+    with pytest.raises(ValueError, match="not supported"):
+        classification_report(truth, guess)
+
+
+def test_scores_of_tags_flatter_where_scores_of_entities_do_not(repaired):
+    truth = [["B-PER", "I-PER", "O", "O", "O", "O", "O", "O"]]
+    guess = [["B-PER", "O", "O", "O", "O", "O", "O", "O"]]
+    right = sum(a == b for a, b in zip(truth[0], guess[0], strict=True))
+    assert right / len(truth[0]) == 0.875
+    assert repaired("repaired-s3")["entity_f1"](truth, guess) == 0
+
+
+def digits_head(lr, steps=200):
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.tensor((x - x.mean(0)) / (x.std(0) + 1e-6)).float(), torch.tensor(y)
+    torch.manual_seed(0)
+    head = nn.Linear(64, 10)
+    start = head.weight.detach().clone()
+    optimiser = torch.optim.Adam(head.parameters(), lr=lr)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        F.cross_entropy(head(x), y).backward()
+        optimiser.step()
+    accuracy = (head(x).argmax(1) == y).float().mean().item()
+    return accuracy, (head.weight - start).abs().max().item()
+
+
+def test_a_new_head_learns_nothing_at_the_recommended_learning_rate():
+    accuracy, travelled = digits_head(lr=1e-5)
+    assert travelled <= 200 * 1e-5 * 1.1
+    assert accuracy < 0.3
+    assert digits_head(lr=1e-2)[0] > 0.95
+
+
+def test_the_python_of_the_instructions_is_refused_by_the_versions_of_today():
+    for package in ("torch", "transformers", "torchvision"):
+        wanted = importlib.metadata.metadata(package)["Requires-Python"]
+        assert not SpecifierSet(wanted).contains("3.8")
+
+
+def test_the_repaired_listing_gives_each_word_its_own_label_and_ignores_the_rest(
+    repaired, tiny_tokenizer
+):
+    names = repaired("repaired-s3")
+    words, tags = [["anna", "lives"], ["films"]], [["B-PER", "O"], ["O"]]
+    batch = names["encode"](tiny_tokenizer, words, tags, TAGS)
+    assert batch["labels"].tolist() == [[-100, 1, 0, -100], [-100, 0, -100, -100]]
+    assert batch["input_ids"].shape == batch["labels"].shape
+
+
+def test_the_repaired_score_counts_whole_entities(repaired):
+    entity_f1 = repaired("repaired-s3")["entity_f1"]
+    truth = [["B-PER", "I-PER", "O", "B-LOC"], ["B-ORG", "B-ORG"]]
+    assert entity_f1(truth, truth) == 1
+    guess = [["B-PER", "I-PER", "O", "B-ORG"], ["B-ORG", "O"]]
+    assert entity_f1(truth, guess) == pytest.approx(2 * 2 / (4 + 3))
