@@ -109,7 +109,8 @@ def pages(book: labs.Book) -> list[labs.Finding]:
     """Run Sphinx through Jupyter Book; each of its warnings is a finding."""
     program = "from jupyter_book.cli.main import main; main()"
     command = [sys.executable, "-c", program, "build", ".", "-W", "-n", "--keep-going", "-q"]
-    environment = os.environ | {"PYTHONPATH": str(labs.ROOT), "PYTHONWARNINGS": "ignore"}
+    paths = [str(labs.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
     answer = subprocess.run(
         command,
         cwd=book.root,

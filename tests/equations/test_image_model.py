@@ -60,7 +60,14 @@ def test_balanced_weights_are_scikit_learns_and_give_every_class_the_same_say():
         "balanced", classes=np.arange(3), y=labels
     )
     assert weights == pytest.approx(expected, rel=1e-12)
-    assert weights * counts == pytest.approx([97 / 3] * 3, rel=1e-12)
+    logits = np.random.default_rng(2).normal(size=(97, 3))
+    outputs, items = batch(logits, labels)
+    weighted = tk.classification(class_weights=weights).loss(outputs, items).mean()
+    by_class = []
+    for label in range(3):
+        outputs, items = batch(logits[labels == label], labels[labels == label])
+        by_class.append(float(tk.classification().loss(outputs, items).mean()))
+    assert float(weighted) == pytest.approx(np.mean(by_class), rel=1e-9)
 
 
 @pytest.mark.equation("eq-threshold")
@@ -257,3 +264,16 @@ def test_overlapping_folds_widen_the_interval_as_printed(k):
     ours = tk.paired_interval(a, b, test_per_train=1 / (k - 1))
     assert ours.mean == pytest.approx(difference.mean(), rel=1e-12)
     assert ours.high - ours.mean == pytest.approx(half, rel=1e-9)
+
+
+@pytest.mark.equation("eq-paired-interval")
+@pytest.mark.parametrize("k", [3, 5, 10])
+def test_when_folds_correlate_by_one_in_k_the_interval_covers_the_truth_19_times_in_20(k):
+    random, covered = np.random.default_rng(k), {0.0: 0, 1 / (k - 1): 0}
+    for _ in range(2000):
+        d = np.sqrt(1 / k) * random.normal() + np.sqrt(1 - 1 / k) * random.normal(size=k)
+        for ratio in covered:
+            found = tk.paired_interval(d, np.zeros(k), test_per_train=ratio)
+            covered[ratio] += found.low <= 0 <= found.high
+    assert covered[1 / (k - 1)] / 2000 == pytest.approx(0.95, abs=0.02)
+    assert covered[0.0] / 2000 < 0.90

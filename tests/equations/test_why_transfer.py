@@ -76,6 +76,15 @@ def test_labels_needed_is_the_inverse_of_any_rising_curve():
         assert np.interp(np.log(n), np.log(sizes), curve) == pytest.approx(target, abs=1e-12)
 
 
+@pytest.mark.equation("eq-label-saving")
+def test_a_dip_is_pooled_and_an_unreached_target_gives_the_last_size():
+    labels_needed = function_of_the_lab("labels_needed")
+    sizes, curve = [10, 100, 1000, 10000], [0.5, 0.7, 0.6, 0.8]  # pooled: 0.5, 0.65, 0.65, 0.8
+    assert labels_needed(sizes, curve, 0.575) == pytest.approx(np.sqrt(10 * 100))
+    assert labels_needed(sizes, curve, 0.725) == pytest.approx(np.sqrt(1000 * 10000))
+    assert labels_needed(sizes, curve, 0.9) == 10000
+
+
 class Counting(nn.Module):
     """A frozen backbone that counts the items it reads."""
 
