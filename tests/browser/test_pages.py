@@ -32,5 +32,5 @@ def test_search_finds_a_page_from_a_file(browser):
 @pytest.mark.skipif(not PAGES, reason="there is no _build/html: run `make book` first")
 def test_the_index_leads_to_the_first_page(browser):
     with visit.Visit(browser, BOOK.html / "index.html") as reader:
-        reader.page.wait_for_selector("h1")
+        reader.page.wait_for_selector("article h1")
         assert reader.faults == []

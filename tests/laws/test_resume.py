@@ -313,6 +313,7 @@ save = checkpoint.save_run
 
 def told(*arguments):
     print("saving", flush=True)
+    sys.stdin.readline()
     save(*arguments)
 
 checkpoint.save_run = told
@@ -328,14 +329,18 @@ def test_kill_9_at_any_moment_leaves_the_last_checkpoint_readable(uninterrupted,
     reached = []
     for saves in (2, 7, 5):
         process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, here, str(directory)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", KILLED, here, str(directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        for _ in range(saves):
+        for _ in range(saves):  # it waits for a line before each, so that it cannot run ahead
             assert process.stdout.readline() == "saving\n"
+            process.stdin.write("\n")
+            process.stdin.flush()
         time.sleep(moments.uniform(0.0, 0.003))
         process.kill()
-        process.wait()
-        process.stdout.close()
+        process.communicate()
         _, about = checkpoint.read(directory / checkpoint.LAST)
         reached.append(about["state"]["total"])
     assert 0 < reached[0] < reached[1] <= reached[2] < UPDATES

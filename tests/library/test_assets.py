@@ -354,10 +354,10 @@ assets.files("pair")
 def test_two_processes_at_once_fetch_an_archive_once(world, tmp_path):
     gate = tmp_path / "go"
     command = [sys.executable, "-c", _FETCHER, str(world.manifest), str(gate)]
+    telling = os.environ | {"TRANSFERKIT_PROGRESS": "1"}
+    pipe = subprocess.PIPE
     running = [
-        subprocess.Popen(
-            [*command, str(number)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([*command, str(number)], stdout=pipe, stderr=pipe, text=True, env=telling)
         for number in range(2)
     ]
     deadline = time.monotonic() + 60
