@@ -71,11 +71,13 @@ def load(
         Outputs are float (batch, labels).
 
     Raises:
-        ValueError: an argument the model does not have, or too many layers.
+        ValueError: an argument the model does not have, too many layers, or no or equal labels.
+        TypeError: the labels are not a list of names.
         transferkit.assets.AssetError: the weights could not be had; the message says what to do.
     """
     if vocabulary is not None and name != "e5-small":
         raise ValueError(f"vocabulary= is for 'e5-small' and not for {name!r}: leave it out")
+    _check_names(labels)
     options = {"pretrained": pretrained, "layers": layers, "seed": seed}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -95,6 +97,15 @@ def load(
                    name=name, weights_hash=parts.weights if pretrained else "")  # fmt: skip
     model.recipe = {"loader": "transferkit.models.load", "arguments": arguments}
     return model.eval()
+
+
+def _check_names(labels: Sequence[str] | None) -> None:
+    if labels is None:
+        return
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
+        raise TypeError(f"labels are {labels!r}: give a list of names, such as ['no', 'yes']")
+    if not len(labels) or len(set(labels)) < len(labels):
+        raise ValueError(f"labels are {list(labels)}: give at least one name, all distinct")
 
 
 class Parts:
@@ -129,7 +140,8 @@ def _first(stages: list, count: int | None, name: str) -> list:
     if count is None:
         return stages
     if not 1 <= count <= len(stages):
-        raise ValueError(f"{name} has {len(stages)} layers and layers={count} were asked for")
+        raise ValueError(f"{name} has {len(stages)} layers and layers={count} were asked for: "
+                         f"give 1 to {len(stages)}")  # fmt: skip
     return stages[:count]
 
 

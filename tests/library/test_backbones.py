@@ -157,6 +157,15 @@ def test_a_head_of_ones_own_is_kept_whole():
     assert tk.staged(model).head is model.classifier
 
 
+def test_stages_are_saved_and_loaded_into_a_network_of_the_same_kind(tmp_path):
+    data = (torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))
+    phase = tk.linear_probe(1, cache=True)
+    run = tk.fit(tk.staged(_torchvision_vit()), tk.classification(), data, plan=[phase])
+    again = tk.load(run.save(tmp_path), model=tk.staged(_torchvision_vit()))
+    with torch.no_grad():
+        assert torch.equal(again(data[0]), run.model(data[0]))
+
+
 @pytest.mark.parametrize(
     ("name", "kept", "stages"),
     [
