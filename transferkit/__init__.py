@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _MODULES = (
     "assets",
+    "backbones",
     "cache",
     "checkpoint",
     "claims",
@@ -43,6 +44,7 @@ _NAMES = {
     "Phase": "plan",
     # models and their layer groups
     "Staged": "layers",
+    "staged": "backbones",
     "freeze": "layers",
     "unfreeze": "layers",
     "summary": "layers",

@@ -41,10 +41,14 @@ class Features:
     """
 
     def __init__(self, folder: Path, source: data.Source, views: int, labels: Tensor | None):
-        about = json.loads((folder / "about.json").read_text())
+        try:
+            about = json.loads((folder / "about.json").read_text())
+            self._parts = {part["name"]: _map(folder, part, "c") for part in about["parts"]}
+        except (OSError, ValueError) as error:
+            remedy = "delete this folder, and they are computed again"
+            raise ValueError(f"the features in {folder} are damaged ({error}): {remedy}") from error
         self.labels, self.lengths, self.views = labels, source.lengths, views
         self.seconds, self._count, self._single = about["seconds"], len(source), about["single"]
-        self._parts = {part["name"]: _map(folder, part, "c") for part in about["parts"]}
         self._tokens = _token_table(source, views) if about["ragged"] else None
 
     def __len__(self) -> int:
@@ -133,16 +137,12 @@ def cached(
             once, as evaluation does.
 
     Raises:
-        OSError: the disk has no room for the features.
-        ValueError: the state at the cut has no storable form.
+        OSError: the disk has no room for the features or cannot be written to.
+        ValueError: the state at the cut has no storable form, or stored features are damaged.
     """
     views = source.views if augmented else 1
     base = directory() / "features"
-    base.mkdir(parents=True, exist_ok=True)
-    for old in base.glob("part-*"):  # of a process that was killed
-        if time.time() - old.stat().st_mtime > 86400:
-            shutil.rmtree(old, ignore_errors=True)
-    scratch = tempfile.TemporaryDirectory(dir=base, prefix="part-", ignore_cleanup_errors=True)
+    scratch = _scratch(base)
     fill = (Path(scratch.name), prefix, source, compute, seed, augmented, batch_size)
     content = None if source.labels is None else source.fingerprint()
     if content is None:  # nobody knows what the data are: for this run only
@@ -162,6 +162,18 @@ def cached(
                 if not folder.exists():
                     raise
     return Features(folder, source, views, source.labels)
+
+
+def _scratch(base: Path) -> tempfile.TemporaryDirectory:
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        for old in base.glob("part-*"):  # of a process that was killed
+            if time.time() - old.stat().st_mtime > 86400:
+                shutil.rmtree(old, ignore_errors=True)
+        return tempfile.TemporaryDirectory(dir=base, prefix="part-", ignore_cleanup_errors=True)
+    except OSError as error:
+        remedy = "point TRANSFERKIT_CACHE to a folder of yours, or train with cache=False"
+        raise OSError(error.errno, f"cannot keep features in {base} ({error}): {remedy}") from error
 
 
 def _says(prefix: nn.Module, source: data.Source, compute: Callable) -> list[Tensor]:

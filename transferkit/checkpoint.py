@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -59,14 +61,39 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], origin: str | Path) ->
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON-able dictionary to one safetensors file, all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write tensors and a JSON-able dictionary to one safetensors file, all or nothing.
+
+    Raises:
+        OSError: the disk is full or cannot be written to; the file of before is as it was.
+    """
     solid = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({"format": FORMAT, **about}, default=_plain)
     unfinished = path.with_name(f".{path.name}.part")
-    save_file(solid, unfinished, metadata={"json": json.dumps({"format": FORMAT, **about})})
-    with open(unfinished, "rb+") as file:
-        os.fsync(file.fileno())  # whole before it gets its name, even if the power fails
-    os.replace(unfinished, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(solid, unfinished, metadata={"json": text})
+        with open(unfinished, "rb+") as file:
+            os.fsync(file.fileno())  # whole before it gets its name, even if the power fails
+        os.replace(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise _unwritable(path, error) from error
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "item"):  # a number of NumPy, say an np.int64 as the number of epochs
+        return value.item()
+    raise TypeError(f"{value!r} cannot be written as JSON: use plain numbers and strings")
+
+
+def _unwritable(path: Path, error: Exception) -> OSError:
+    text = (
+        f"cannot write {path} ({error}): make room there or choose another directory; states "
+        "that were stored before are whole, and fit goes on from them"
+    )
+    number = getattr(error, "errno", None)
+    return OSError(text) if number is None else OSError(number, text)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -82,8 +109,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["json"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except KeyError as error:
+        raise ValueError(
+            f"{path} is a safetensors file that transferkit did not write: copy its tensors into a "
+            "model with load_state_dict, or give its folder to tk.models.load"
+        ) from error
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint ({error}): delete it") from error
+        remedy = "it is damaged or of another kind; copy it again, or delete it"
+        raise ValueError(f"{path} cannot be read as a checkpoint ({error}): {remedy}") from error
     if about.get("format") != FORMAT:
         remedy = "read it with the version of transferkit that wrote it, or delete it"
         raise ValueError(f"{path} has format {about.get('format')}, not {FORMAT}: {remedy}")
@@ -135,15 +168,21 @@ def load_run(directory: Path, identity: Mapping[str, Any]) -> tuple[dict, dict, 
 
     Raises:
         ValueError: the directory holds another run; what differs is named.
+        OSError: the directory cannot be written to: better known now than after the first epoch.
     """
     if not (directory / LAST).exists():
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=directory).close()
+        except OSError as error:
+            raise _unwritable(directory, error) from error
         return None
     tensors, about = read(directory / LAST)
     parts: dict[str, dict] = {"model": {}, "moments": {}}
     for key, tensor in tensors.items():
         kind, name = key.split("/", 1)
         parts[kind][name] = tensor
-    stored, identity = about["identity"], json.loads(json.dumps(identity))
+    stored, identity = about["identity"], json.loads(json.dumps(identity, default=_plain))
     if identity.get("weights") == weights_hash(parts["model"]):
         identity["weights"] = stored["weights"]  # the very model that was interrupted
     changes = [f"{k}: {stored.get(k)!r} → {v!r}" for k, v in identity.items() if stored.get(k) != v]

@@ -175,11 +175,27 @@ def _labels_for(count: int, labels: Any) -> Tensor | None:
 
 def _tensor(values: Any) -> Tensor:
     # Arrays and lists come as numpy and Python make them; a tensor is meant to be what it is.
-    if isinstance(values, Tensor):
-        return values
-    values = torch.as_tensor(np.asarray(values))
-    whole = values.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8)
-    return values.float() if values.dtype == torch.float64 else values.long() if whole else values
+    if not isinstance(values, Tensor):
+        try:
+            array = np.asarray(values)
+            # torch takes neither negative strides nor a foreign order of bytes
+            array = np.require(array, array.dtype.newbyteorder("="), "C")
+            values = torch.as_tensor(array)
+        except (TypeError, ValueError) as error:
+            what = (
+                f"a {type(values).__name__} is no table of numbers ({error}), but numbers in rows"
+            )
+            raise TypeError(
+                f"{what} of one length are expected: number the classes of labels, make texts a "
+                "source with tk.data.texts, dictionaries one with tk.data.examples"
+            ) from error
+        if array.dtype.kind in "iu":
+            values = values.long()
+        elif values.dtype == torch.float64:
+            values = values.float()
+    if not values.dim():
+        raise ValueError("one number was passed, but one entry an item is expected: pass a list")
+    return values
 
 
 def ragged(lengths: np.ndarray, ends: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -204,6 +220,7 @@ class Tensors:
 
     Raises:
         ValueError: there is no item, or the labels are not as many as the inputs.
+        TypeError: the inputs or labels are not numbers.
     """
 
     lengths = None
@@ -239,13 +256,23 @@ class Texts:
         max_length: tokens that are kept of each text, special ones included.
 
     Raises:
-        ValueError: there is no text, one has no tokens, or the labels are not as many.
+        ValueError: there is no text, one has no tokens, `max_length` is below 1, or the labels are
+            not as many.
+        TypeError: the texts are one string, or one of them is none.
     """
 
     views = 1
 
     def __init__(self, texts: Sequence[str], labels: Any, tokenizer: Callable, max_length: int):
+        if isinstance(texts, str):
+            raise TypeError("the texts are one string, but a list of them is expected: pass [text]")
+        if max_length < 1:
+            raise ValueError(f"max_length is {max_length}: give at least 1, such as 128")
         self.labels = _labels_for(len(texts), labels)
+        strange = [at for at, text in enumerate(texts) if text is None or isinstance(text, float)]
+        if strange:  # what is missing in a table comes as None or NaN
+            what = f"text {strange[0]} is {texts[strange[0]]!r}, but a string is expected"
+            raise TypeError(f"{what}: drop the items without a text, {len(strange)} in all")
         rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
         self.lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         if not self.lengths.all():
@@ -284,8 +311,8 @@ class Images:
             None shows a new view in every epoch.
 
     Raises:
-        ValueError: there is no image, the array is not uint8 of such a shape, or the labels are
-            not as many.
+        ValueError: there is no image, the array is not uint8 of such a shape, the labels are not as
+            many, or another argument is out of its range.
     """
 
     lengths = None
@@ -298,6 +325,13 @@ class Images:
         if array.dtype != np.uint8 or array.ndim < 3 or array.shape[3:] not in ((), (3,)):
             what = f"the images are {array.dtype} of shape {array.shape}, but uint8 (n, height, "
             raise ValueError(f"{what}width) or (n, height, width, 3) is expected: convert them")
+        if size < 1 or (views is not None and views < 1):
+            raise ValueError(f"size is {size} and views {views}: give at least 1, such as size=224")
+        if len(mean) != len(std) or len(std) not in (1, 3) or not all(part > 0 for part in std):
+            raise ValueError(
+                f"mean is {tuple(mean)} and std {tuple(std)}, but one number a channel is "
+                "expected, std above 0: take those the model was pre-trained with"
+            )
         self.labels = _labels_for(len(array), labels)
         pixels = torch.from_numpy(np.ascontiguousarray(array))
         pixels = pixels.unsqueeze(1) if array.ndim == 3 else pixels.permute(0, 3, 1, 2)
@@ -317,6 +351,10 @@ class Images:
             view = epoch if self.views is None else epoch % self.views
             each = zip(images.split(1), index.tolist(), strict=True)
             images = torch.cat([self.augment(one, randomness(seed, view, i)) for one, i in each])
+            if images.shape != (len(index), *self.pixels.shape[1:]):
+                what = f"the augmentation made {tuple(images.shape)} of {len(index)} images of "
+                shape = tuple(self.pixels.shape[1:])
+                raise ValueError(f"{what}{shape}: let it return the shape that it is given")
         # A grey image becomes three equal channels here, so that memory holds only one. Channels
         # last: convolutions of a processor run faster in this layout.
         images = images.sub(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
@@ -389,9 +427,10 @@ tensors, texts, images, examples = Tensors, Texts, Images, Examples
 
 
 def as_source(data: Any, model: nn.Module | None = None) -> Source:
-    """Make a source of a source, a pair `(inputs, labels)`, a tensor, a torch data set, or a split.
+    """Make a source of a source, a pair `(inputs, labels)`, inputs, a torch data set, or a split.
 
-    A split is prepared by the model, if that has a method `prepare(split)`.
+    Inputs alone are a tensor or an array. A split is prepared by the model, if that has a method
+    `prepare(split)`.
 
     Raises:
         TypeError: the data are none of these, or the model cannot prepare a split.
@@ -403,7 +442,7 @@ def as_source(data: Any, model: nn.Module | None = None) -> Source:
     pair = isinstance(data, (tuple, list)) and len(data) == 2
     if pair and (isinstance(data, tuple) or all(hasattr(part, "shape") for part in data)):
         return Tensors(*data)
-    if isinstance(data, Tensor):
+    if isinstance(data, (Tensor, np.ndarray)):
         return Tensors(data)
     if hasattr(data, "kind") and hasattr(data, "inputs"):  # a split of transferkit.datasets
         prepare = getattr(model, "prepare", None)

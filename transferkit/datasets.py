@@ -139,7 +139,10 @@ class Split:
             ValueError: more rows asked for than there are.
         """
         if not 0 <= n <= len(self):
-            raise ValueError(f"{self.name} holds {len(self):,} rows and {n:,} were asked for")
+            raise ValueError(
+                f"{self.name} holds {len(self):,} rows and {n:,} were asked for: ask for "
+                f"0 to {len(self):,}"
+            )
         ids = self._table.ids
         rank = np.array([fraction(f"{seed}\n{ids[i]}") for i in self._indices])
         if stratify and self.labels is not None:

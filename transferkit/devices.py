@@ -12,15 +12,23 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """The device to train on: the accelerator if there is one, else the CPU.
 
     Raises:
-        ValueError: torch knows no such device.
+        ValueError: torch knows no such device, or this machine has none.
     """
     if device == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         return torch.device("cpu") if found is None else found
     try:
-        return torch.device(device)
-    except RuntimeError as error:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device is {device!r}: give 'auto', 'cpu' or 'cuda'") from error
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device is {device!r}, but torch cannot use it on this machine: give 'auto' or 'cpu', "
+            "or install the build of torch for that device"
+        ) from error
+    return found
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

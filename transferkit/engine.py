@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from transferkit import cache, checkpoint, data, devices, layers, optim, plan, show
 from transferkit.objectives import Loss, forward
-from transferkit.plan import Phase, check, require
+from transferkit.objectives import check as check_parts
+from transferkit.plan import Phase, check, real, require, whole
 
 _LOOK_EVERY = 50  # updates between two looks at the losses: each look waits for the device
 _DECIDE_RESULT = (
@@ -64,7 +65,7 @@ class Predictions:
 def _outputs(model, outputs, source, batch_size, autocast, device) -> tuple[Tensor, data.Batch]:
     # The outputs for the whole source, float32 on the host in the order of the items, and a batch
     # that holds all labels. The modes of the modules are as before when it returns.
-    if batch_size < 1:
+    if not whole(batch_size):
         raise ValueError(f"batch_size is {batch_size}, but at least 1 is expected: try 64")
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -130,6 +131,8 @@ def evaluate(
     Raises:
         ValueError: the data are empty or have no labels, or `batch_size` is below 1.
     """
+    check_parts(model, objective)
+    metrics = _functions(metrics)
     outputs, batch = _apply(model, objective.outputs, data, batch_size, precision, device)
     return _scores(objective, metrics, outputs, batch)
 
@@ -547,14 +550,19 @@ def fit(
 
 
 def _prepare(model, objective, train, validation, plan, metrics, progress, **given) -> Training:
-    phases, metrics, given = check(plan), list(metrics), SimpleNamespace(**given)
+    phases, metrics, given = check(plan), _functions(metrics), SimpleNamespace(**given)
+    check_parts(model, objective)
     known = [*(metric.__name__ for metric in metrics), "loss"]
     given.monitor = known[0] if given.monitor is None else given.monitor
-    limits = (given.clip is None or given.clip > 0, given.patience is None or given.patience >= 1)
+    limits = (given.clip is None or (real(given.clip) and given.clip > 0),
+              given.patience is None or whole(given.patience))  # fmt: skip
     require(
         given,
-        batch_size=(given.batch_size >= 1, "at least 1, such as 32"),
-        accumulate=(given.accumulate >= 1, "at least 1; 1 switches it off"),
+        batch_size=(whole(given.batch_size), "at least 1, such as 32"),
+        accumulate=(whole(given.accumulate), "at least 1; 1 switches it off"),
+        seed=(whole(given.seed, 0) and given.seed < 2**63, "a whole number in [0, 2**63)"),
+        workers=(whole(given.workers, 0), "a number of processes; 0 fetches in this one"),
+        save_every=(real(given.save_every) and given.save_every >= 0, "seconds, at least 0"),
         clip=(limits[0], "a norm above 0, or None"),
         patience=(limits[1], "at least 1, or None"),
         restore=(given.restore in ("best", "last"), "'best' or 'last'"),
@@ -569,6 +577,7 @@ def _prepare(model, objective, train, validation, plan, metrics, progress, **giv
             "couples the items of a batch (additive is False) or has no counts(batch): parts of a "
             "batch would give another gradient; use accumulate=1 with a larger batch_size"
         )
+    given.seed = int(given.seed)  # of NumPy it would overflow where it is mixed
     given.device = devices.resolve_device(given.device)
     given.precision = devices.resolve_precision(given.precision, given.device)
     given.directory = given.directory and Path(given.directory)
@@ -578,17 +587,35 @@ def _prepare(model, objective, train, validation, plan, metrics, progress, **giv
     return Training(model, objective, train, validation, phases, metrics, given, progress)
 
 
+def _functions(metrics: Sequence[Callable] | Callable) -> list[Callable]:
+    listed = [metrics] if callable(metrics) or isinstance(metrics, str) else list(metrics)
+    for metric in listed:
+        if not (callable(metric) and hasattr(metric, "__name__")):
+            what = f"a metric is {metric!r}, but a function of logits and labels with a name is"
+            raise TypeError(f"{what} expected: pass functions, such as metrics=[tk.accuracy]")
+    return listed
+
+
 def _check_outputs(model, objective, sources, settings) -> None:
     # One item through the model: finds a wrong shape or label before anything is trained.
     model.eval()
     with torch.no_grad(), devices.autocast(settings.device, settings.precision)():
         batch = sources[0].fetch(np.zeros(1, np.int64), None, 0).to(settings.device)
-        width = objective.outputs(model, batch).shape[-1]
+        outputs = objective.outputs(model, batch)
+    if not outputs.ndim:
+        raise ValueError(
+            "the model gives a single number for a batch of one item, but a row for each item is "
+            "expected: let it keep the first dimension, with squeeze(-1) and not squeeze()"
+        )
+    width = outputs.shape[-1]
     labels = getattr(model, "labels", None)
     if labels is not None and len(labels) != width:
         raise ValueError(
             f"the model has {len(labels)} labels but {width} outputs: give its head one for each"
         )
+    by_item = hasattr(objective, "validate") and not hasattr(objective, "scored")
+    if by_item and sources[0].labels is None and batch.labels is not None:
+        objective.validate(batch.labels, width)  # of one item: the others come as they are fetched
     for source in sources:
         if source is not None and source.labels is not None and hasattr(objective, "validate"):
             objective.validate(source.labels, width)

@@ -39,7 +39,9 @@ class Staged(nn.Module):
             again, or None. Set by the loader; `transferkit.load` reads it.
 
     Raises:
-        ValueError: there is no stage, or two have the same name.
+        ValueError: there is no stage, or a name is empty, used twice, that of a method, or the
+            beginning of another.
+        TypeError: something in it is no pair of a name and a module.
     """
 
     def __init__(
@@ -47,9 +49,7 @@ class Staged(nn.Module):
         prepare: Callable[[Any], Any] | None = None, name: str = "", weights_hash: str = "",
     ):  # fmt: skip
         super().__init__()
-        self.stage_names = [stage for stage, _ in stages]
-        if not stages or len(set(self.stage_names)) < len(stages):
-            raise ValueError(f"the stages are {self.stage_names}: give one or more, all distinct")
+        self.stage_names = _checked_names(stages)
         for stage, module in stages:
             *levels, last = stage.split(".")
             parent: nn.Module = self
@@ -72,6 +72,29 @@ class Staged(nn.Module):
     def _pairs(self) -> list[tuple[str, nn.Module]]:
         # looked up each time: a stage may have been replaced, by a new head or an adapter
         return [(name, self.get_submodule(name)) for name in self.stage_names]
+
+
+def _checked_names(stages: Sequence[tuple[str, nn.Module]]) -> list[str]:
+    for stage in stages:
+        pair = isinstance(stage, (tuple, list)) and len(stage) == 2
+        if not pair or not isinstance(stage[0], str) or not isinstance(stage[1], nn.Module):
+            raise TypeError(
+                f"a stage is {stage!r}, but a pair of a name and a module is expected: give "
+                'stages such as ("head", nn.Linear(8, 2))'
+            )
+    names = [name for name, _ in stages]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"the stages are {names}: give one or more, all distinct")
+    for name in names:
+        inside = [other for other in names if other.startswith(f"{name}.")]
+        taken = [level for level in name.split(".") if not level or level in _TAKEN]
+        if inside or taken:
+            what = f"is the beginning of {inside[0]!r}" if inside else "is taken or empty"
+            raise ValueError(f"the stage name {name!r} {what}: choose another, such as 'blocks.0'")
+    return names
+
+
+_TAKEN = {*dir(Staged), *vars(nn.Module()), "labels", "name", "prepare", "recipe", "stage_names"}
 
 
 @dataclass(frozen=True)
@@ -235,10 +258,13 @@ def split(model: nn.Module, boundary: int | str) -> tuple[nn.Module, nn.Module]:
     """
     if type(model).forward not in (Staged.forward, nn.Sequential.forward):
         what = f"a {type(model).__name__} cannot be cut, for its forward method hides the order"
-        raise TypeError(f"{what} of its layers: wrap it as tk.Staged([(name, stage), ...])")
+        remedy = (
+            "make it tk.staged(model), if it is of torchvision or timm, or wrap it as tk.Staged("
+        )
+        raise TypeError(f"{what} of its layers: {remedy}[(name, stage), ...])")
     found = [group.name for group in groups(model)]
     at = found.index(boundary) if boundary in found else boundary
-    if not isinstance(at, int) or not 0 < at < len(found):
+    if not isinstance(at, int) or isinstance(at, bool) or not 0 < at < len(found):
         expected = f"a number from 1 to {len(found) - 1} or one of {found[1:]}"
         raise ValueError(f"the boundary is {boundary!r}: give {expected}")
     if isinstance(model, Staged):

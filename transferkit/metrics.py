@@ -9,6 +9,7 @@ with scikit-learn; SciPy is loaded only where a quantile or a tail probability i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -44,7 +45,7 @@ def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
     if labels.dtype.kind not in "iu":
         raise ValueError(
             f"labels are of type {labels.dtype}, but class numbers are expected: convert with "
-            ".astype(int)"
+            ".astype(int); measured values need another metric"
         )
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(
@@ -125,10 +126,15 @@ def auroc(logits: np.ndarray, labels: np.ndarray) -> float:
     """Area under the ROC curve: how often a positive item outranks a negative one, ties for half.
 
     With two classes the score of an item is its logit of class 1 minus that of class 0; with more,
-    the mean over the classes of one against the rest, scored by the softmax probability. NaN if a
-    class has no item in `labels`: the area is then not defined.
+    the mean over the classes of one against the rest, scored by the softmax probability. NaN with
+    a warning if a class has no item in `labels`: the area is then not defined.
     """
-    if len(np.unique(labels)) < logits.shape[1]:
+    if missing := sorted(set(range(logits.shape[1])) - set(np.unique(labels).tolist())):
+        warnings.warn(
+            f"auroc is NaN, for the labels hold no item of class {missing[0]}: score on data that "
+            "hold every class, or use another metric",
+            stacklevel=3,
+        )
         return float("nan")
     if logits.shape[1] == 2:
         return _area(logits[:, 1].astype(np.float64) - logits[:, 0], labels == 1)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from transferkit import assets, data, e5
+from transferkit import assets, backbones, data, e5
 from transferkit.layers import Staged
 
 State = dict[str, Tensor]
@@ -71,11 +71,13 @@ def load(
         Outputs are float (batch, labels).
 
     Raises:
-        ValueError: an argument the model does not have, or too many layers.
+        ValueError: an argument the model does not have, too many layers, or no or equal labels.
+        TypeError: the labels are not a list of names.
         transferkit.assets.AssetError: the weights could not be had; the message says what to do.
     """
     if vocabulary is not None and name != "e5-small":
         raise ValueError(f"vocabulary= is for 'e5-small' and not for {name!r}: leave it out")
+    _check_names(labels)
     options = {"pretrained": pretrained, "layers": layers, "seed": seed}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -95,6 +97,15 @@ def load(
                    name=name, weights_hash=parts.weights if pretrained else "")  # fmt: skip
     model.recipe = {"loader": "transferkit.models.load", "arguments": arguments}
     return model.eval()
+
+
+def _check_names(labels: Sequence[str] | None) -> None:
+    if labels is None:
+        return
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
+        raise TypeError(f"labels are {labels!r}: give a list of names, such as ['no', 'yes']")
+    if not len(labels) or len(set(labels)) < len(labels):
+        raise ValueError(f"labels are {list(labels)}: give at least one name, all distinct")
 
 
 class Parts:
@@ -129,7 +140,8 @@ def _first(stages: list, count: int | None, name: str) -> list:
     if count is None:
         return stages
     if not 1 <= count <= len(stages):
-        raise ValueError(f"{name} has {len(stages)} layers and layers={count} were asked for")
+        raise ValueError(f"{name} has {len(stages)} layers and layers={count} were asked for: "
+                         f"give 1 to {len(stages)}")  # fmt: skip
     return stages[:count]
 
 
@@ -326,39 +338,32 @@ def _copy_in_order(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _image_stages(model: nn.Module, layers: int | None, name: str) -> tuple[list, int]:
-    """Stages of a timm network and the width of its pooled features.
+    """Stages of a timm network without its head, and the width of its pooled features.
 
-    EfficientNets: "stem", "blocks.0", …, "neck", "pool". With ``layers`` the neck, which fits the
-    last block only, is left out. ResNets: "stem", "layer1", …, "pool". Others: "features", "pool".
+    They are those of :func:`transferkit.backbones.divide`. With ``layers`` the neck, which fits the
+    last block only, is left out. A network that is not known there is one stage, "features".
     """
-    from timm.layers import SelectAdaptivePool2d
-
-    pool = SelectAdaptivePool2d(pool_type="avg", flatten=True)
-    if hasattr(model, "conv_stem") and hasattr(model, "blocks"):
-        blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
-        stages = [("stem", nn.Sequential(model.conv_stem, model.bn1))]
-        stages += _first(blocks, layers, name)
-        if layers is None:
-            stages.append(("neck", nn.Sequential(model.conv_head, model.bn2)))
-    elif hasattr(model, "layer1") and hasattr(model, "maxpool"):
-        blocks = [(f"layer{i}", getattr(model, f"layer{i}")) for i in range(1, 5)]
-        stem = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool)
-        stages = [("stem", stem), *_first(blocks, layers, name)]
-    else:
+    try:
+        parts = backbones.divide(model)
+    except TypeError:
         if layers is not None:
-            raise ValueError(f"the layers of {name!r} cannot be told apart: leave layers= out")
+            raise ValueError(
+                f"the layers of {name!r} cannot be told apart: leave layers= out"
+            ) from None
         model.reset_classifier(0)
-        return [("features", model)], model.num_features
-    return [*stages, ("pool", pool)], _width(stages)
-
-
-def _width(stages: list[tuple[str, nn.Module]]) -> int:
-    """Channels after the last stage, found by sending a small empty image through."""
+        stages = [("features", model)]
+    else:
+        kept = _first(parts.layers, layers, name)
+        neck = parts.neck if layers is None else []
+        stages = [*parts.stem, *kept, *neck, *parts.after]
+    side = getattr(getattr(model, "patch_embed", None), "img_size", None) or (64, 64)
     with torch.no_grad():
-        x = torch.zeros(1, 3, 64, 64)
+        x = torch.zeros(1, 3, *side)
         for _, stage in stages:
             x = stage.eval()(x)
-    return x.shape[1]
+    if x.dim() == 4:  # the neck that was left out held the pooling, too
+        stages.append(("pool", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())))
+    return stages, x.shape[1]
 
 
 def image_inputs(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable:

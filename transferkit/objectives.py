@@ -7,6 +7,7 @@ over the micro-batches of a step and divides once, so that the gradient is that 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, reduce
@@ -158,11 +159,17 @@ def forward(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Tensor:
 
     Raises:
         TypeError: the model returned neither a tensor nor something with `logits`.
+        ValueError: the model cannot take such inputs; what it said and the remedy are named.
     """
-    if isinstance(inputs, Tensor) or hasattr(model, "stage_names"):
-        outputs = model(inputs)
-    else:
-        outputs = model(**inputs)
+    try:
+        if isinstance(inputs, Tensor) or hasattr(model, "stage_names"):
+            outputs = model(inputs)
+        else:
+            outputs = model(**inputs)
+    except Exception as error:
+        if type(error) not in _MISFITS:  # an exhausted memory, say, is no fault of the inputs
+            raise
+        raise ValueError(_misfit(model, inputs, error)) from error
     outputs = getattr(outputs, "logits", outputs)
     if not isinstance(outputs, Tensor):
         raise TypeError(
@@ -170,6 +177,60 @@ def forward(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Tensor:
             "`logits` field, is expected: wrap the model so that it returns its logits"
         )
     return outputs
+
+
+_MISFITS = (RuntimeError, TypeError, KeyError, IndexError, ValueError, AssertionError)
+
+
+def _misfit(model: nn.Module, inputs: Tensor | Mapping[str, Any], error: Exception) -> str:
+    # what was given, what the model said to it, and what to do
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    single = isinstance(inputs, Tensor)
+    parts = {"": inputs} if single else inputs
+    held = ", ".join(f"{name!r}: {_kind(part)}" for name, part in parts.items())
+    held = _kind(inputs) if single else f"{{{held}}}"
+    weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    types = {part.dtype for part in parts.values() if isinstance(part, Tensor)}
+    remedy = "give items of the shape and type that the model was made for"
+    if "more than 1 value per channel" in said:
+        remedy = "BatchNorm cannot train on one item: raise batch_size, or freeze its layer group"
+    elif "index out of range" in said:
+        remedy = "a number is outside the model's vocabulary: use the tokenizer made for it"
+    elif "Long, Int" in said:
+        remedy = "the model reads whole numbers: convert the inputs with .long()"
+    elif isinstance(error, KeyError) or ("argument" in said and not single):
+        remedy = "name the entries of an item as the model's forward method does"
+    elif "type" in said and weights not in types:
+        remedy = f"its weights are {weights}, so convert the inputs with .to({weights})"
+        if torch.uint8 in types:
+            remedy += "; images are scaled and normalised by tk.data.images"
+    return f"{type(model).__name__} cannot take inputs of {held} ({said}): {remedy}"
+
+
+def _kind(part: Any) -> str:
+    if not isinstance(part, Tensor):
+        return type(part).__name__
+    return f"{str(part.dtype).removeprefix('torch.')} {tuple(part.shape)}"
+
+
+def check(model: Any, objective: Any) -> None:
+    """See that a model and an objective are what training can use.
+
+    Raises:
+        TypeError: one of them is not, or is a class that was not called.
+    """
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(
+            f"the model is {what}, but an nn.Module is expected: build it, or wrap it in one"
+        )
+    if isinstance(objective, type) or not callable(getattr(objective, "outputs", None)):
+        given = objective if isinstance(objective, type) else type(objective)
+        raise TypeError(
+            f"the objective is {'the class ' * isinstance(objective, type)}{given.__name__}, but "
+            "one with loss(outputs, batch) as sums and counts is expected: pass "
+            "tk.classification() or tk.regression()"
+        )
 
 
 @lru_cache(maxsize=32)
@@ -273,13 +334,24 @@ class Classification(_Supervised):
         weights = None
         if self.class_weights is not None:
             weights = _constant(self.class_weights, logits, logits.dtype)
-        total = F.cross_entropy(
-            logits,
-            _labels(batch).long(),
-            weight=weights,
-            reduction="sum",
-            label_smoothing=self.label_smoothing,
-        )
+        if logits.ndim != 2:
+            raise ValueError(
+                f"the outputs have shape {tuple(logits.shape)}, but logits (n, C) are expected: "
+                "pool or flatten them, so that an item has one row"
+            )
+        try:
+            total = F.cross_entropy(
+                logits,
+                _labels(batch).long(),
+                weight=weights,
+                reduction="sum",
+                label_smoothing=self.label_smoothing,
+            )
+        except IndexError as error:  # only the processor says so
+            raise ValueError(
+                f"a label does not fit the {logits.shape[1]} outputs of the head ({error}): number "
+                "the classes from 0 and give the head one output for each"
+            ) from error
         return Loss(total, *self.counts(batch))
 
     def validate(self, labels: Any, outputs_dim: int) -> None:
@@ -288,6 +360,8 @@ class Classification(_Supervised):
         Args:
             labels: whole numbers of shape `(n,)`, a tensor or an array, on any device.
             outputs_dim: the number of outputs of the head, C.
+
+        Warns if there is one class only, which may be meant.
 
         Raises:
             TypeError: the labels are not whole numbers.
@@ -326,6 +400,13 @@ class Classification(_Supervised):
             raise ValueError(
                 f"labels hold {high} but the head has {outputs_dim} outputs: "
                 f"pass labels=[...] with {high + 1} names"
+            )
+        if low == high and len(labels) > 1:
+            warnings.warn(
+                f"all {len(labels)} labels are {low}, one class of {outputs_dim}: a model that is "
+                "trained on them learns to say this class always, and AUROC is not defined on "
+                "them; unless it is meant, see how the data were split",
+                stacklevel=2,
             )
 
 

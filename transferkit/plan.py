@@ -7,8 +7,10 @@ be printed, compared and stored, and names the whole recipe.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from torch import nn
 
@@ -51,12 +53,13 @@ class Phase:
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        whole = self.epochs >= 1 and self.epochs == int(self.epochs)
+        for name in ("lr", "layer_decay", "warmup", "weight_decay", "momentum"):
+            require(self, **{name: (real(getattr(self, name)), "one number")})
         require(
             self,
-            epochs=(whole, "a whole number of at least 1"),
+            epochs=(whole(self.epochs), "a whole number of at least 1"),
             lr=(0 < self.lr < math.inf, "a number above 0, such as 2e-5"),
-            last=(self.last is None or self.last >= 1, "None (all) or at least 1"),
+            last=(self.last is None or whole(self.last), "None (all) or at least 1"),
             layer_decay=(0 < self.layer_decay <= 1, "a number in (0, 1], such as 0.9"),
             warmup=(0 <= self.warmup < 1, "a share in [0, 1), such as 0.06"),
             weight_decay=(0 <= self.weight_decay < math.inf, "a number of at least 0"),
@@ -64,6 +67,16 @@ class Phase:
             schedule=(self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             optimizer=(self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
         )
+
+
+def real(value: object) -> bool:
+    """Whether it is one real number, of Python or NumPy, and no truth value."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def whole(value: object, least: int = 1) -> bool:
+    """Whether it is a whole number of at least `least`, of an integer type."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
 def require(values: object, **rules: tuple[bool, str]) -> None:
@@ -93,7 +106,7 @@ def check(plan: Sequence[Phase] | Phase) -> list[Phase]:
     Raises:
         ValueError: it is empty, or something in it is no phase.
     """
-    phases = [plan] if isinstance(plan, Phase) else list(plan)
+    phases = list(plan) if isinstance(plan, (list, tuple)) else [plan]
     if not phases or not all(isinstance(phase, Phase) for phase in phases):
         raise ValueError(f"the plan is {phases}: give phases, such as [tk.finetune(epochs=3)]")
     return phases
@@ -118,7 +131,7 @@ def select(phase: Phase, model: nn.Module, allowed: set[str]) -> list[Group]:
         )
     for at, group in enumerate(holders):
         for name, parameter in group.parameters.items():
-            parameter.requires_grad_(at >= len(holders) - last and name in allowed)
+            parameter.requires_grad_(bool(at >= len(holders) - last and name in allowed))
             parameter.grad = None
     return found
 
@@ -140,6 +153,13 @@ class Stopping:
 
     def observe(self, value: float) -> bool:
         """Note the value of an epoch; whether it is the best of the run."""
+        if math.isnan(value):
+            warnings.warn(
+                "the value that chooses the best epoch is NaN, and such an epoch is never the "
+                "best: see that the validation data hold every class and no NaN, or choose another "
+                "monitor",
+                stacklevel=2,
+            )
         if self._beats(value, self.phase_best):
             self.phase_best, self.waited = value, 0
         else:

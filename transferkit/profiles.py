@@ -10,6 +10,7 @@ import platform
 import random
 from dataclasses import dataclass
 from importlib import util
+from numbers import Integral
 from pathlib import Path
 from typing import TypeVar
 
@@ -95,7 +96,7 @@ def profile(name: str, seed: int = 0, precision: str = "fp32") -> Profile:
     """
     global _current
     name, origin = _chosen(name)
-    if not 0 <= seed < 2**32:
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
         raise ValueError(
             f"the seed is {seed}, but a whole number in [0, 2**32) is expected: pass 0"
         )
