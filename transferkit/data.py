@@ -46,6 +46,12 @@ class Batch:
         inputs = change(inputs) if single else {n: change(part) for n, part in inputs.items()}
         return Batch(inputs, None if labels is None else change(labels), self.index)
 
+    def item(self, at: int) -> Batch:
+        """One item of the batch, as a batch of its own."""
+        part = self._map(lambda tensor: tensor[at : at + 1])
+        part.index = self.index[at : at + 1]
+        return part
+
     def to(self, device: torch.device) -> Batch:
         """The batch on a device. The index stays where it is: only the host asks for it."""
         if device.type == "cpu":

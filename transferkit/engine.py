@@ -40,59 +40,132 @@ class Predictions:
     """What a model says about each item, in the order of the data.
 
     Attributes:
-        logits: float32 `(n, C)`.
-        labels: `(n,)`, or None where the data have none.
+        logits: float32 `(n, C)`, or `(n, length, C)` where all items are as long; of a model that
+            says something about each token of texts of many lengths, a list with one array
+            `(length, C)` an item, its padding cut off.
+        labels: `(n,)`, or as the logits without `C`, or None where the data have none.
         index: int64 `(n,)`, the items' numbers.
     """
 
-    logits: np.ndarray
-    labels: np.ndarray | None
+    logits: np.ndarray | list[np.ndarray]
+    labels: np.ndarray | list[np.ndarray] | None
     index: np.ndarray
 
     @property
-    def probabilities(self) -> np.ndarray:
-        """The softmax of the logits, float32 `(n, C)`."""
-        powers = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
+    def probabilities(self) -> np.ndarray | list[np.ndarray]:
+        """The softmax of the logits over the classes, in their shape."""
+        return self._each(_softmax)
 
     @property
-    def classes(self) -> np.ndarray:
-        """The number of the largest logit, int64 `(n,)`."""
-        return self.logits.argmax(axis=1)
+    def classes(self) -> np.ndarray | list[np.ndarray]:
+        """The number of the largest logit, int64, in the shape of the logits without `C`."""
+        return self._each(lambda logits: logits.argmax(axis=-1))
+
+    def _each(self, function: Callable) -> np.ndarray | list[np.ndarray]:
+        single = isinstance(self.logits, np.ndarray)
+        return function(self.logits) if single else [function(rows) for rows in self.logits]
 
 
-def _outputs(model, outputs, source, batch_size, autocast, device) -> tuple[Tensor, data.Batch]:
-    # The outputs for the whole source, float32 on the host in the order of the items, and a batch
-    # that holds all labels. The modes of the modules are as before when it returns.
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, but at least 1 is expected: try 64")
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    # Eval mode without gradients. The modes of the modules are as before when it ends.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    batches = data.in_sequence(len(source), batch_size, source.lengths)
-    found, labels = [], []
     try:
         # not inference_mode: what a model caches now must serve in training later
         with torch.no_grad():
-            for batch in data.stream(source, batches, None, 0):
-                with autocast():
-                    found.append(outputs(model, batch.to(device)).float())
-                labels.append(batch.labels)
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
-    back = torch.from_numpy(np.argsort(np.concatenate(batches), kind="stable"))
-    known = None if labels[0] is None else torch.cat(labels)[back]
-    everything = data.Batch({}, known, torch.arange(len(source)))
-    return torch.cat(found).cpu()[back], everything
+
+
+def _batches(source: data.Source, batch_size: int) -> list[np.ndarray]:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, but at least 1 is expected: try 64")
+    return data.in_sequence(len(source), batch_size, source.lengths)
+
+
+def _outputs(model, outputs, source, batch_size, autocast, device):
+    # The outputs for the whole source, float32 on the host in the order of the items, and a batch
+    # that holds all labels. Outputs, and labels, for each token are a list with a tensor an item.
+    batches, found, labels = _batches(source, batch_size), [], []
+    with _inference(model):
+        for batch in data.stream(source, batches, None, 0):
+            with autocast():
+                found.append(outputs(model, batch.to(device)).float())
+            labels.append(batch.labels)
+    # the first batch holds the longest item
+    longest = None if source.lengths is None else source.lengths.max()
+    by_token = found[0].dim() > 2 and found[0].shape[1] == longest
+    known = None
+    if labels[0] is not None:
+        also = by_token and labels[0].shape == found[0].shape[:2]
+        known = _joined(labels, batches, source.lengths if also else None)
+    found = _joined(found, batches, source.lengths if by_token else None)
+    return found, data.Batch({}, known, torch.arange(len(source)))
+
+
+def _joined(parts: list[Tensor], batches: list[np.ndarray], lengths: np.ndarray | None):
+    # In the order of the items: one tensor or, with lengths, for each item its own tokens.
+    back = np.argsort(np.concatenate(batches), kind="stable")
+    if lengths is not None:
+        rows = [row for part in parts for row in part.cpu()]
+        return [rows[at][:length] for at, length in zip(back, lengths, strict=True)]
+    shapes = sorted({tuple(part.shape[1:]) for part in parts})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"the batches have items of the shapes {shapes[0]} and {shapes[1]}, which cannot be "
+            "put together: give the source `lengths`, or let the model return one row an item"
+        )
+    return torch.cat(parts).cpu()[torch.from_numpy(back)]
 
 
 def _scores(objective, metrics, outputs: Tensor, batch: data.Batch) -> dict[str, float]:
     # From all outputs at once, so that no score depends on how they were batched.
     if batch.labels is None:
         raise ValueError("the data have no labels to score: use predict for unlabelled data")
+    if isinstance(outputs, list):
+        raise TypeError(
+            f"the model says something about each token, but the objective "
+            f"{type(objective).__name__} scores items: give it a method scored(outputs, batch)"
+        )
     logits, labels = outputs.numpy(), batch.labels.cpu().numpy()
     scores = {"loss": float(objective.loss(outputs, batch).mean())}
     return scores | {metric.__name__: float(metric(logits, labels)) for metric in metrics}
+
+
+def _streamed_scores(objective, metrics, model, source, batch_size, autocast, device):
+    # Batch by batch, for outputs that are not one row an item and too many to keep. Every item is
+    # asked for its own rows, so that metrics see them in the order of the items.
+    losses, rows = [], {}
+    with _inference(model):
+        for batch in data.stream(source, _batches(source, batch_size), None, 0):
+            batch = batch.to(device)
+            with autocast():
+                outputs = objective.outputs(model, batch)
+            losses.append(objective.loss(outputs, batch))
+            for at, item in enumerate(batch.index.tolist() if metrics else ()):
+                scored = objective.scored(outputs[at : at + 1], batch.item(at))
+                rows[item] = [part.cpu() for part in scored]
+    columns = zip(*(loss.totals + loss.counts for loss in losses), strict=True)
+    sums = [math.fsum(_read(column)) for column in columns]
+    scores = {"loss": _mean([float(weight) for weight in losses[-1].weights], sums)}
+    if metrics:
+        found, labels = zip(*(rows[item] for item in range(len(source))), strict=True)
+        logits, labels = torch.cat(found).float().numpy(), torch.cat(labels).numpy()
+    return scores | {metric.__name__: float(metric(logits, labels)) for metric in metrics}
+
+
+def _evaluated(objective, metrics, model, *where) -> dict[str, float]:
+    if hasattr(objective, "scored"):
+        return _streamed_scores(objective, metrics, model, *where)
+    return _scores(objective, metrics, *_outputs(model, objective.outputs, *where))
 
 
 def predict(
@@ -108,12 +181,17 @@ def predict(
         precision, device: as in `fit`; None leaves the model where it is.
 
     Raises:
-        ValueError: the data are empty or `batch_size` is below 1.
+        ValueError: the data are empty, `batch_size` is below 1, or the outputs of items differ in
+            shape and the data do not say how long each is.
     """
-    settings = (data, batch_size, precision, device)
-    outputs, batch = _apply(model, lambda part, batch: forward(part, batch.inputs), *settings)
-    labels = None if batch.labels is None else batch.labels.cpu().numpy()
-    return Predictions(outputs.numpy(), labels, batch.index.numpy())
+    where = _where(model, data, batch_size, precision, device)
+    found, batch = _outputs(model, lambda part, batch: forward(part, batch.inputs), *where)
+
+    def arrays(part: Tensor | list[Tensor] | None) -> Any:
+        return [row.numpy() for row in part] if isinstance(part, list) else part.cpu().numpy()
+
+    labels = None if batch.labels is None else arrays(batch.labels)
+    return Predictions(arrays(found), labels, batch.index.numpy())
 
 
 def evaluate(
@@ -122,25 +200,30 @@ def evaluate(
 ) -> dict[str, float]:  # fmt: skip
     """The mean loss and the metrics of a model on data: `{"loss": ..., "accuracy": ...}`.
 
-    Every item counts once; the scores are computed from all outputs together.
+    Every item counts once; the metrics are computed from all outputs together. An objective with a
+    method `scored(outputs, batch) -> (rows (m, C), labels (m,))` says what metrics see of a batch:
+    the tokens that are not padding, say. Its loss is then summed over the batches, in float64, and
+    no outputs are kept but the rows that metrics ask for.
 
     Args:
         metrics: functions of logits `(n, C)` and labels `(n,)`, both arrays; else as in `predict`.
 
     Raises:
         ValueError: the data are empty or have no labels, or `batch_size` is below 1.
+        TypeError: the outputs are not one row an item, and the objective has no `scored`.
     """
-    outputs, batch = _apply(model, objective.outputs, data, batch_size, precision, device)
-    return _scores(objective, metrics, outputs, batch)
+    where = _where(model, data, batch_size, precision, device)
+    return _evaluated(objective, metrics, model, *where)
 
 
-def _apply(model, outputs, items, batch_size, precision, device) -> tuple[Tensor, data.Batch]:
+def _where(model, items, batch_size, precision, device) -> tuple:
+    # What `_outputs` and `_streamed_scores` ask for after the model.
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     device = devices.resolve_device(device)
     source = data.as_source(items, model.to(device))
     autocast = devices.autocast(device, devices.resolve_precision(precision, device))
-    return _outputs(model, outputs, source, batch_size, autocast, device)
+    return source, batch_size, autocast, device
 
 
 @dataclass
@@ -269,12 +352,12 @@ class Training:
                 state.total += 1
             self._between_steps()
         self._look()
-        row = {"epoch": state.epoch + 1, "phase": self.phase.name, "train_loss": self._mean_loss()}
+        row = {"epoch": state.epoch + 1, "phase": self.phase.name}
+        row["train_loss"] = _mean(state.weights, state.sums)
         if self.validation is not None:
-            size, outputs = max(64, settings.batch_size), self.objective.outputs
-            where = (size, self.autocast, settings.device)
-            found = _outputs(self.live, outputs, self.validation, *where)
-            row |= _scores(self.objective, self.metrics, *found)
+            where = (max(64, settings.batch_size), self.autocast, settings.device)
+            what = (self.objective, self.metrics, self.live, self.validation)
+            row |= _evaluated(*what, *where)
         row["seconds"] = state.seconds + time.monotonic() - self.started
         with self._undivided():
             self._close_epoch(row)
@@ -367,11 +450,6 @@ class Training:
         if not math.isfinite(torch.stack(norms).sum().item()):
             self._fail(state.total - 1, "the weights became NaN or infinite")
 
-    def _mean_loss(self) -> float:
-        sums, terms = self.state.sums, len(self.state.weights)
-        parts = zip(self.state.weights, sums[:terms], sums[terms:], strict=True)
-        return sum(weight * total / (count or 1.0) for weight, total, count in parts)
-
     def _fail(self, update: int, what: str) -> None:
         # The order is a function of (seed, epoch): the batches of that update are drawn again.
         state, settings, bad = self.state, self.settings, []
@@ -442,6 +520,12 @@ class Training:
 
 def _read(values: Sequence[float | Tensor]) -> Sequence[float]:
     return torch.stack(values).tolist() if isinstance(values[0], Tensor) else values
+
+
+def _mean(weights: Sequence[float], sums: Sequence[float]) -> float:
+    # the loss of several terms, whose totals come before their counts
+    parts = zip(weights, sums[: len(weights)], sums[len(weights) :], strict=True)
+    return sum(weight * total / (count or 1.0) for weight, total, count in parts)
 
 
 @contextmanager
