@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """The device to train on: the accelerator if there is one, else the CPU.
@@ -24,32 +26,33 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """The precision to compute in, "fp32" or "bf16".
+    """The precision to compute in, "fp32", "bf16" or "fp16".
 
-    "auto" takes bf16 where it is faster: NVIDIA GPUs from compute capability 8, processors with AMX
-    tiles. The avx512_bf16 instructions alone do not help: on a processor that has them and no tiles
-    MiniLM and EfficientNet took 1.5 to 2 times as long to train as in float32.
+    "auto" takes what is faster. That is bf16 on NVIDIA GPUs from compute capability 8 and on
+    processors with AMX tiles: the avx512_bf16 instructions alone do not help, for on a processor
+    that has them and no tiles MiniLM and EfficientNet took 1.5 to 2 times as long to train as in
+    float32. On GPUs of capability 7, whose tensor cores know no bf16, it is fp16; older ones have
+    no such cores.
 
     Raises:
         ValueError: another precision is asked for.
     """
-    if precision not in ("auto", "fp32", "bf16"):
-        raise ValueError(f"precision is {precision!r}: give 'auto', 'fp32' or 'bf16'")
+    if precision not in ("auto", "fp32", *_HALVES):
+        raise ValueError(f"precision is {precision!r}: give 'auto', 'fp32', 'bf16' or 'fp16'")
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        good = torch.cuda.get_device_capability(device)[0] >= 8
-    else:
-        tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        good = device.type == "cpu" and tiles()
-    return "bf16" if good else "fp32"
+        capability = torch.cuda.get_device_capability(device)[0]
+        return "bf16" if capability >= 8 else "fp16" if capability == 7 else "fp32"
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return "bf16" if device.type == "cpu" and tiles() else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager]:
     """What makes the context in which a forward pass computes in that precision."""
     if precision == "fp32":
         return nullcontext
-    return lambda: torch.autocast(device.type, torch.bfloat16)
+    return lambda: torch.autocast(device.type, _HALVES[precision])
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:

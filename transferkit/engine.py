@@ -30,6 +30,7 @@ from transferkit.objectives import Loss, forward
 from transferkit.plan import Phase, check, require
 
 _LOOK_EVERY = 50  # updates between two looks at the losses: each look waits for the device
+_SMALLEST_SCALE = 2.0**-20  # of the loss in fp16: 36 updates have been skipped in a row
 _DECIDE_RESULT = (
     "monitor", "patience", "batch_size", "accumulate", "precision", "clip", "seed", "restore",
 )  # fmt: skip
@@ -240,6 +241,7 @@ class State:
     weights: list[float] = field(default_factory=list)  # of the terms
     seconds: float = 0.0  # spent on this epoch
     feature_seconds: float = 0.0  # what computing cached features took
+    skipped: list[int] = field(default_factory=list)  # updates of the run that fp16 did not make
     best: dict | None = None  # the row of the history with the best value
     history: list[dict] = field(default_factory=list)
 
@@ -258,6 +260,8 @@ class Training:
         self.allowed = {n for n, p in model.named_parameters() if p.requires_grad}
         self.state, self.best, self.moments = State(), {}, {}
         self.losses: list[tuple[int, Loss]] = []  # (update, loss), since the last look
+        self.flags: list[tuple[int, Tensor]] = []  # (update, whether it was skipped), likewise
+        self.scaler = optim.Scaler(settings.device) if settings.precision == "fp16" else None
         self.whole = self.busy = self.stop = self.interrupted = False
         self.saved = self.started = time.monotonic()
         self.save_cost, self.best_file = 0.0, None
@@ -282,10 +286,15 @@ class Training:
         self.live, self.train, self.validation = self.model, self.source, self.held_out
         if phase.cache:
             self._attach_cache()
-        checkpoint.fill_moments(self.model, self.optimizer, self.moments)
-        self.moments = {}
         batches = math.ceil(len(self.train) / self.settings.batch_size)
         self.updates = phase.epochs * math.ceil(batches / self.settings.accumulate)
+        if self.scaler is not None:
+            first = self.state.total - self.state.update
+            skipped = sum(update >= first for update in self.state.skipped)
+            factors = [self._factor(update) for update in range(self.updates)]
+            self.scaler.begin(self.optimizer, factors, skipped)
+        checkpoint.fill_moments(self.model, self.optimizer, self.moments)
+        self.moments = {}
         self.progress.begin(phase.name, self.updates, self.state.update)
         if self.held_out is not None and self.settings.restore == "best":
             # What this phase moves and none before did still has the best epoch's value.
@@ -358,6 +367,9 @@ class Training:
             where = (max(64, settings.batch_size), self.autocast, settings.device)
             what = (self.objective, self.metrics, self.live, self.validation)
             row |= _evaluated(*what, *where)
+        if self.scaler is not None:
+            first = state.total - math.ceil(state.batch / settings.accumulate)
+            row["skipped"] = sum(update >= first for update in state.skipped)
         row["seconds"] = state.seconds + time.monotonic() - self.started
         with self._undivided():
             self._close_epoch(row)
@@ -386,9 +398,9 @@ class Training:
 
         Nothing in here reads a value back from the device: no loss is looked at, and no norm.
         """
-        state, phase, device = self.state, self.phase, self.settings.device
-        scale = optim.factor(phase.schedule, state.update, self.updates, phase.warmup)
-        optim.set_rates(self.optimizer, scale)
+        state, scaler, device = self.state, self.scaler, self.settings.device
+        rates = self._factor(state.update) if scaler is None else scaler.factor(state.update)
+        optim.set_rates(self.optimizer, rates)
         micro = [batch.to(device) for batch in micro]
         counts = None
         if len(micro) > 1:
@@ -405,18 +417,28 @@ class Training:
                 value = value + self.penalty(self.model)
             if not self.checked and not value.requires_grad:
                 raise ValueError(
-                    f"the objective reaches none of the parameters that phase {phase.name!r} "
+                    f"the objective reaches none of the parameters that phase {self.phase.name!r} "
                     "trains: it must call the model, and detach nothing"
                 )
-            value.backward()
+            (value if scaler is None else value * scaler.scale).backward()
             self.losses.append((state.total, loss.detach()))
         if not self.checked:
             self._name_unreached()
-        if self.settings.clip is not None:
-            parameters = self.parameters.values()
-            nn.utils.clip_grad_norm_(parameters, self.settings.clip, foreach=True)
-        self.optimizer.step()
+        parameters, clip = self.parameters.values(), self.settings.clip
+        if scaler is None:
+            if clip is not None:
+                nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
+            self.optimizer.step()
+        else:
+            norm = scaler.unscale([p.grad for p in parameters if p.grad is not None])
+            if clip is not None:
+                nn.utils.clip_grads_with_norm_(parameters, clip, norm, foreach=True)
+            scaler.step(self.optimizer)
+            self.flags.append((state.total, scaler.found))
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _factor(self, update: int) -> float:
+        return optim.factor(self.phase.schedule, update, self.updates, self.phase.warmup)
 
     def _name_unreached(self) -> None:
         self.checked = True
@@ -446,6 +468,13 @@ class Training:
             state.sums = [a + b for a, b in zip(state.sums or [0.0] * len(row), row, strict=True)]
         state.weights = [float(weight) for weight in last.weights]
         self.losses.clear()
+        if self.scaler is not None:
+            flags = torch.stack([found for _, found in self.flags]).tolist()
+            parts = zip(self.flags, flags, strict=True)
+            state.skipped += [update for (update, _), skipped in parts if skipped]
+            self.flags.clear()
+            if self.scaler.scale.item() < _SMALLEST_SCALE:
+                self._fail(state.total - 1, "every gradient has been infinite for some time")
         norms = torch._foreach_norm([parameter.detach() for parameter in self.parameters.values()])
         if not math.isfinite(torch.stack(norms).sum().item()):
             self._fail(state.total - 1, "the weights became NaN or infinite")
@@ -463,6 +492,8 @@ class Training:
                 bad += batch.index[~fine].tolist()
         where = f"update {update + 1} (phase {self.phase.name!r}, epoch {state.epoch + 1})"
         remedy = f"the inputs are finite, so lower lr (now {self.phase.lr:g}) or set clip=1.0"
+        if self.scaler is not None:
+            remedy += ", or train in 'fp32', for fp16 ends at 65,504"
         if bad:
             remedy = f"the inputs of items {sorted(bad)[:10]} are not finite, so clean them"
         raise FloatingPointError(f"{what} at {where}: {remedy}")
@@ -496,6 +527,8 @@ class Training:
         state, now = self.state, time.monotonic()
         state.seconds, self.started = state.seconds + now - self.started, now
         about = {"state": asdict(state), "stopping": asdict(self.stopping)}
+        if self.scaler is not None:
+            about["scaler"] = self.scaler.state()
         about |= {"identity": self.identity, "labels": getattr(self.model, "labels", None)}
         best_file = None
         if self.best:
@@ -515,6 +548,8 @@ class Training:
             checkpoint.fill(self.model, weights, self.settings.directory / checkpoint.LAST)
             self.stopping = plan.Stopping(**about["stopping"])
             self.state = State(**about["state"])
+            if self.scaler is not None:
+                self.scaler = optim.Scaler(self.settings.device, **about["scaler"])
             self.identity, self.best_file = about["identity"], about.get("best_file")
 
 
@@ -614,7 +649,9 @@ def fit(
             "loss", that chooses the best epoch.
         patience: epochs of a phase without improvement after which it ends.
         batch_size, accumulate: items in a batch, and batches in an update.
-        precision: "fp32", "bf16", or "auto": see `devices.resolve_precision`.
+        precision: "fp32", "bf16", "fp16", or "auto": see `devices.resolve_precision`. The weights
+            stay in float32. In fp16 an update whose gradient overflows is skipped, and the history
+            says how many were: see `optim.Scaler`.
         clip: the largest norm of the gradient.
         restore: "best" gives the model the weights of the best epoch, "last" leaves the last.
         directory, save_every: where to keep the state, and to go on from if it is there; how many
@@ -655,11 +692,22 @@ def _prepare(model, objective, train, validation, plan, metrics, progress, **giv
         )
     given.device = devices.resolve_device(given.device)
     given.precision = devices.resolve_precision(given.precision, given.device)
+    if given.precision == "fp16":
+        _refuse_half(model)
     given.directory = given.directory and Path(given.directory)
     train = data.as_source(train, model.to(given.device))
     validation = None if validation is None else data.as_source(validation, model)
     _check_outputs(model, objective, [train, validation], given)
     return Training(model, objective, train, validation, phases, metrics, given, progress)
+
+
+def _refuse_half(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise ValueError(
+                f"the parameter {name} is float16, in which small updates are lost: call "
+                "model.float(), and fit computes in fp16 where that is safe"
+            )
 
 
 def _check_outputs(model, objective, sources, settings) -> None:

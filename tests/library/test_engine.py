@@ -58,7 +58,7 @@ BAD = [
     ({"batch_size": 0}, "batch_size is 0: give at least 1"),
     ({"accumulate": 0}, "accumulate is 0: give at least 1"),
     ({"clip": 0.0}, r"clip is 0\.0: give a norm above 0, or None"),
-    ({"precision": "fp8"}, "precision is 'fp8': give 'auto', 'fp32' or 'bf16'"),
+    ({"precision": "fp8"}, "precision is 'fp8': give 'auto', 'fp32', 'bf16' or 'fp16'"),
     ({"device": "abacus"}, "device is 'abacus': give 'auto', 'cpu' or 'cuda'"),
     ({"restore": "first"}, "restore is 'first': give 'best' or 'last'"),
     ({"patience": 0, "validation": _data()}, "patience is 0: give at least 1, or None"),
@@ -217,8 +217,10 @@ def test_bf16_is_chosen_only_where_the_processor_has_tiles(monkeypatch):
     assert devices.resolve_precision("bf16", cpu) == "bf16"
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16")])
-def test_bf16_is_chosen_on_gpus_that_have_it(monkeypatch, capability, expected):
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((6, 1), "fp32"), ((7, 5), "fp16"), ((8, 0), "bf16")]
+)
+def test_the_half_precision_is_chosen_that_a_gpu_has(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert devices.resolve_precision("auto", torch.device("cuda")) == expected
 
