@@ -33,6 +33,7 @@ _LOOK_EVERY = 50  # updates between two looks at the losses: each look waits for
 _SMALLEST_SCALE = 2.0**-20  # of the loss in fp16: 36 updates have been skipped in a row
 _DECIDE_RESULT = (
     "monitor", "patience", "batch_size", "accumulate", "precision", "clip", "seed", "restore",
+    "ema",
 )  # fmt: skip
 
 
@@ -258,7 +259,8 @@ class Training:
         higher = {m.__name__: getattr(m, "higher_is_better", True) for m in metrics}
         self.stopping = plan.Stopping(higher.get(settings.monitor, False), settings.patience)
         self.allowed = {n for n, p in model.named_parameters() if p.requires_grad}
-        self.state, self.best, self.moments = State(), {}, {}
+        self.state, self.best, self.moments, self.averages = State(), {}, {}, {}
+        self.average: optim.Average | None = None
         self.losses: list[tuple[int, Loss]] = []  # (update, loss), since the last look
         self.flags: list[tuple[int, Tensor]] = []  # (update, whether it was skipped), likewise
         self.scaler = optim.Scaler(settings.device) if settings.precision == "fp16" else None
@@ -294,7 +296,11 @@ class Training:
             factors = [self._factor(update) for update in range(self.updates)]
             self.scaler.begin(self.optimizer, factors, skipped)
         checkpoint.fill_moments(self.model, self.optimizer, self.moments)
-        self.moments = {}
+        if self.settings.ema is not None:
+            self.average = optim.Average(self.settings.ema, self.parameters)
+            for name, value in self.averages.items():
+                self.average.tensors[name].copy_(value)
+        self.moments, self.averages = {}, {}
         self.progress.begin(phase.name, self.updates, self.state.update)
         if self.held_out is not None and self.settings.restore == "best":
             # What this phase moves and none before did still has the best epoch's value.
@@ -340,10 +346,12 @@ class Training:
     def _leave(self) -> None:
         with self._undivided(), torch.no_grad():
             own, state = checkpoint.tensors_of(self.model), self.state
+            if self.average is not None:
+                self.average.exchange()
             for name, tensor in self.best.items():
                 own[name].copy_(tensor)
             state.phase, state.phase_epoch, state.update = state.phase + 1, 0, 0
-            self.optimizer = None
+            self.optimizer = self.average = None
             self.stopping.phase_best, self.stopping.waited = None, 0  # of the phase that is done
         self._save()
 
@@ -366,7 +374,8 @@ class Training:
         if self.validation is not None:
             where = (max(64, settings.batch_size), self.autocast, settings.device)
             what = (self.objective, self.metrics, self.live, self.validation)
-            row |= _evaluated(*what, *where)
+            with self._averaged():
+                row |= _evaluated(*what, *where)
         if self.scaler is not None:
             first = state.total - math.ceil(state.batch / settings.accumulate)
             row["skipped"] = sum(update >= first for update in state.skipped)
@@ -376,6 +385,20 @@ class Training:
         # At most a tenth of the time goes into storing what short epochs did.
         if time.monotonic() - self.saved >= min(settings.save_every, 10 * self.save_cost):
             self._save()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        # With the averaged weights, if there are some. Meanwhile the state is not whole.
+        if self.average is None:
+            yield
+            return
+        self.whole = False
+        self.average.exchange()
+        try:
+            yield
+        finally:
+            self.average.exchange()
+            self.whole = True
 
     def _order(self) -> list[np.ndarray]:
         size, seed = self.settings.batch_size, self.settings.seed
@@ -390,7 +413,8 @@ class Training:
         if self.validation is not None and self.stopping.observe(row[self.settings.monitor]):
             state.best = row
             if self.settings.restore == "best":
-                self.best |= {name: tensor.clone() for name, tensor in self._moving().items()}
+                found = self._moving() | (self.average.tensors if self.average else {})
+                self.best |= {name: tensor.clone() for name, tensor in found.items()}
         self.progress.note(row)
 
     def step(self, micro: Sequence[data.Batch]) -> None:
@@ -436,6 +460,8 @@ class Training:
             scaler.step(self.optimizer)
             self.flags.append((state.total, scaler.found))
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(state.update + 1, scaler)
 
     def _factor(self, update: int) -> float:
         return optim.factor(self.phase.schedule, update, self.updates, self.phase.warmup)
@@ -536,7 +562,8 @@ class Training:
             best_file = about["best_file"] = f"best-{epoch}-{len(self.best)}.safetensors"
         fresh = self.best if best_file != self.best_file else {}
         directory = self.settings.directory
-        checkpoint.save_run(directory, self.model, self.optimizer, about, fresh)
+        averages = self.average.tensors if self.average else {}
+        checkpoint.save_run(directory, self.model, self.optimizer, about, fresh, averages)
         self.best_file, self.saved = best_file, time.monotonic()
         self.save_cost = self.saved - now
 
@@ -544,7 +571,7 @@ class Training:
         self.identity = self._identity()
         stored = checkpoint.load_run(self.settings.directory, self.identity)
         if stored is not None:
-            weights, self.moments, self.best, about = stored
+            weights, self.moments, self.averages, self.best, about = stored
             checkpoint.fill(self.model, weights, self.settings.directory / checkpoint.LAST)
             self.stopping = plan.Stopping(**about["stopping"])
             self.state = State(**about["state"])
@@ -635,9 +662,9 @@ def fit(
     model: nn.Module, objective: Any, train: Any, validation: Any = None, *,
     plan: Sequence[Phase] | Phase, metrics: Sequence[Callable] = (), monitor: str | None = None,
     patience: int | None = None, batch_size: int = 32, accumulate: int = 1,
-    precision: str = "auto", clip: float | None = 1.0, seed: int = 0, restore: str = "best",
-    directory: str | Path | None = None, save_every: float = 60.0, workers: int = 0,
-    progress: bool | None = None, device: str | torch.device = "auto",
+    precision: str = "auto", clip: float | None = 1.0, ema: float | None = None, seed: int = 0,
+    restore: str = "best", directory: str | Path | None = None, save_every: float = 60.0,
+    workers: int = 0, progress: bool | None = None, device: str | torch.device = "auto",
 ) -> Run:  # fmt: skip
     """Train a model by a plan of phases. It is changed in place and ends in eval mode.
 
@@ -653,6 +680,9 @@ def fit(
             stay in float32. In fp16 an update whose gradient overflows is skipped, and the history
             says how many were: see `optim.Scaler`.
         clip: the largest norm of the gradient.
+        ema: the decay, such as 0.999, of a moving average of the trained weights that is evaluated,
+            and with which each phase ends, in place of the weights: see `optim.Average`. Buffers,
+            such as the statistics of BatchNorm, are not averaged.
         restore: "best" gives the model the weights of the best epoch, "last" leaves the last.
         directory, save_every: where to keep the state, and to go on from if it is there; how many
             seconds pass between two states within an epoch.
@@ -678,6 +708,7 @@ def _prepare(model, objective, train, validation, plan, metrics, progress, **giv
         accumulate=(given.accumulate >= 1, "at least 1; 1 switches it off"),
         clip=(limits[0], "a norm above 0, or None"),
         patience=(limits[1], "at least 1, or None"),
+        ema=(given.ema is None or 0 < given.ema < 1, "a number in (0, 1) such as 0.999, or None"),
         restore=(given.restore in ("best", "last"), "'best' or 'last'"),
         monitor=(given.monitor in known, f"one of {known}, or add the metric to metrics=[...]"),
     )

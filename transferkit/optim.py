@@ -8,7 +8,7 @@ resumes finds the same rates, and a test can read them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -157,3 +157,47 @@ class Scaler:
     def state(self) -> dict[str, float]:
         """The arguments that make it again; this waits for the device."""
         return {"scale": self.scale.item(), "clean": self._clean.item()}
+
+
+class Average:
+    """An exponential moving average of parameters as they train (Polyak & Juditsky 1992).
+
+    After n updates it is the weighted mean of the parameters after each of them, where those of i
+    updates ago weigh `decay**i`: at first the plain mean of the few there are, in which the start
+    of training does not count, later about that of the last `1 / (1 - decay)`.
+
+    Args:
+        decay: in (0, 1), such as 0.999.
+        parameters: what trains, by name.
+
+    Attributes:
+        tensors: the averages, by name.
+    """
+
+    def __init__(self, decay: float, parameters: Mapping[str, Tensor]):
+        self.decay = decay
+        self._live = [parameter.detach() for parameter in parameters.values()]
+        self.tensors = {name: value.detach().clone() for name, value in parameters.items()}
+
+    def update(self, made: int, scaler: Scaler | None = None) -> None:
+        """Take in the parameters after an update; one that fp16 skipped does not count.
+
+        Args:
+            made: updates of the phase with this one, skipped ones too.
+        """
+        if scaler is None:
+            share = (1 - self.decay) / -math.expm1(made * math.log(self.decay))
+        else:
+            counted = (made - scaler.skipped.squeeze()).clamp(min=1)
+            share = (self.decay - 1) / torch.expm1(counted * math.log(self.decay))
+            share = share * (1 - scaler.found)
+        own = list(self.tensors.values())
+        moves = torch._foreach_sub(self._live, own)
+        torch._foreach_mul_(moves, share)
+        torch._foreach_add_(own, moves)
+
+    def exchange(self) -> None:
+        """Give the averages to the parameters and theirs to the averages; twice changes nothing."""
+        own, kept = list(self.tensors.values()), [value.clone() for value in self._live]
+        torch._foreach_copy_(self._live, own)
+        torch._foreach_copy_(own, kept)

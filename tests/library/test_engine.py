@@ -58,6 +58,7 @@ BAD = [
     ({"batch_size": 0}, "batch_size is 0: give at least 1"),
     ({"accumulate": 0}, "accumulate is 0: give at least 1"),
     ({"clip": 0.0}, r"clip is 0\.0: give a norm above 0, or None"),
+    ({"ema": 1.0}, r"ema is 1\.0: give a number in \(0, 1\) such as 0\.999, or None"),
     ({"precision": "fp8"}, "precision is 'fp8': give 'auto', 'fp32', 'bf16' or 'fp16'"),
     ({"device": "abacus"}, "device is 'abacus': give 'auto', 'cpu' or 'cuda'"),
     ({"restore": "first"}, "restore is 'first': give 'best' or 'last'"),
