@@ -8,6 +8,7 @@ resumes from it does not differ from one that was never interrupted.
 
 from __future__ import annotations
 
+import bisect
 import math
 import signal
 import threading
@@ -233,6 +234,7 @@ class State:
     """All of a run's state but the tensors: numbers that go into a checkpoint as they are."""
 
     phase: int = 0  # phases finished
+    starts: list[int] = field(default_factory=list)  # epochs finished when each phase began
     epoch: int = 0  # epochs finished, in the run
     phase_epoch: int = 0  # epochs finished, in this phase
     batch: int = 0  # batches drawn in this epoch
@@ -288,8 +290,9 @@ class Training:
         self.live, self.train, self.validation = self.model, self.source, self.held_out
         if phase.cache:
             self._attach_cache()
-        batches = math.ceil(len(self.train) / self.settings.batch_size)
-        self.updates = phase.epochs * math.ceil(batches / self.settings.accumulate)
+        self.updates = phase.epochs * _updates(len(self.train), self.settings)
+        if len(self.state.starts) == self.state.phase:
+            self.state.starts.append(self.state.epoch - self.state.phase_epoch)
         if self.scaler is not None:
             first = self.state.total - self.state.update
             skipped = sum(update >= first for update in self.state.skipped)
@@ -506,17 +509,14 @@ class Training:
             self._fail(state.total - 1, "the weights became NaN or infinite")
 
     def _fail(self, update: int, what: str) -> None:
-        # The order is a function of (seed, epoch): the batches of that update are drawn again.
-        state, settings, bad = self.state, self.settings, []
-        start = math.ceil(state.batch / settings.accumulate) - (state.total - update)
-        start *= settings.accumulate
-        for items in self._order()[start : start + settings.accumulate]:
-            batch = self.train.fetch(items, state.epoch, settings.seed)
+        bad = []
+        drawn = _drawn_again(update, self.train, self.state, self.phases, self.settings)
+        for batch in drawn.batches:
             inputs = batch.inputs
             for tensor in inputs.values() if isinstance(inputs, dict) else [inputs]:
                 fine = torch.isfinite(tensor.reshape(len(batch), -1)).all(dim=1)
                 bad += batch.index[~fine].tolist()
-        where = f"update {update + 1} (phase {self.phase.name!r}, epoch {state.epoch + 1})"
+        where = f"update {update + 1} (phase {drawn.phase!r}, epoch {drawn.epoch})"
         remedy = f"the inputs are finite, so lower lr (now {self.phase.lr:g}) or set clip=1.0"
         if self.scaler is not None:
             remedy += ", or train in 'fp32', for fp16 ends at 65,504"
@@ -590,6 +590,44 @@ def _mean(weights: Sequence[float], sums: Sequence[float]) -> float:
     return sum(weight * total / (count or 1.0) for weight, total, count in parts)
 
 
+@dataclass(frozen=True)
+class Update:
+    """One update of a run, drawn again.
+
+    Attributes:
+        batches: what it saw, one batch or, with accumulation, several, on the host.
+        lr: the learning rate of the head then.
+        phase, epoch: the name of the phase, and the epoch as the history counts it.
+        skipped: whether fp16 made no step of it.
+    """
+
+    batches: list[data.Batch]
+    lr: float
+    phase: str
+    epoch: int
+    skipped: bool
+
+
+def _updates(count: int, settings: Any) -> int:
+    # in an epoch
+    return math.ceil(math.ceil(count / settings.batch_size) / settings.accumulate)
+
+
+def _drawn_again(update: int, source: data.Source, state: State, phases, settings) -> Update:
+    # Order and augmentation are functions of (seed, epoch, index), and the schedule one of the
+    # updates that the phase had made: nothing of it was kept.
+    each = _updates(len(source), settings)
+    epoch, at = divmod(update, each)
+    number = bisect.bisect_right(state.starts, epoch) - 1
+    phase, first = phases[number], state.starts[number] * each
+    made = update - first - sum(first <= other < update for other in state.skipped)
+    lr = phase.lr * optim.factor(phase.schedule, made, phase.epochs * each, phase.warmup)
+    size, seed, each = settings.batch_size, settings.seed, settings.accumulate
+    order = data.order(len(source), size, seed, epoch, source.lengths)
+    batches = [source.fetch(items, epoch, seed) for items in order[at * each : (at + 1) * each]]
+    return Update(batches, lr, phase.name, epoch + 1, update in state.skipped)
+
+
 @contextmanager
 def _interruptible(training: Training) -> Iterator[None]:
     # Ctrl-C in the middle of a step waits for its end, so that the state that is stored is whole; a
@@ -627,6 +665,7 @@ class Run:
         self.model, self.objective = training.model, training.objective
         self.metrics, self.plan, self.settings = training.metrics, training.phases, settings
         self.history, self.interrupted = state.history, training.interrupted
+        self._source, self._state = training.source, state
         kept = state.best if settings.restore == "best" and not self.interrupted else None
         self.best = kept or (state.history[-1] if state.history else None)
         self.seconds = state.feature_seconds + sum(row["seconds"] for row in state.history)
@@ -641,6 +680,22 @@ class Run:
     def plot(self) -> Any:
         """A matplotlib figure of losses and metrics over the epochs, phases divided by lines."""
         return show.curves(self.history, [metric.__name__ for metric in self.metrics])
+
+    def replay(self, step: int) -> Update:
+        """What an update saw, drawn again: its batches, augmented as then, and its learning rate.
+
+        With cached features these are the inputs of which the features were computed.
+
+        Args:
+            step: number of the update in the run, from 1, as messages name it.
+
+        Raises:
+            ValueError: the run made no such update.
+        """
+        if not 1 <= step <= self._state.total:
+            made = f"the run made {self._state.total} updates"
+            raise ValueError(f"step is {step}, but {made}: give a number from 1 to that")
+        return _drawn_again(step - 1, self._source, self._state, self.plan, self.settings)
 
     def evaluate(self, data: Any, batch_size: int = 64) -> dict[str, float]:
         """Loss and metrics on other data, in the precision of the run; see `evaluate`."""
