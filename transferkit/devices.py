@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor, nn
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,6 +54,31 @@ def autocast(device: torch.device, precision: str) -> Callable[[], AbstractConte
     if precision == "fp32":
         return nullcontext
     return lambda: torch.autocast(device.type, _HALVES[precision])
+
+
+def compiled(model: nn.Module, backend: bool | str | Callable) -> nn.Module:
+    """The model compiled for each length of its inputs, and for any number of items.
+
+    Args:
+        backend: True for that of torch, or another one that `torch.compile` takes.
+    """
+    how = {} if backend is True else {"backend": backend}
+    return torch.compile(model, dynamic=False, **how)
+
+
+def of_any_count(inputs: Tensor | dict[str, Tensor]) -> None:
+    """Tell the compiler not to make a version of its own for this number of items."""
+    for tensor in inputs.values() if isinstance(inputs, dict) else [inputs]:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def many_versions() -> AbstractContextManager:
+    """Where code may be compiled more often than eight times, by several phases or runs.
+
+    Beyond its limit torch would go on without compiling, and say so in its log alone.
+    """
+    limits = {"recompile_limit": 1024, "accumulated_recompile_limit": 8192}
+    return torch._dynamo.config.patch(**limits)
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:

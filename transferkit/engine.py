@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -290,6 +290,7 @@ class Training:
         self.live, self.train, self.validation = self.model, self.source, self.held_out
         if phase.cache:
             self._attach_cache()
+        self._wrap()
         self.updates = phase.epochs * _updates(len(self.train), self.settings)
         if len(self.state.starts) == self.state.phase:
             self.state.starts.append(self.state.epoch - self.state.phase_epoch)
@@ -338,6 +339,15 @@ class Training:
         if self.state.update == 0:  # counted once, as measured when they were computed
             self.state.feature_seconds += seconds
 
+    def _wrap(self) -> None:
+        # Training may call another form of the model, evaluation calls the plain one.
+        self.plain = self.live
+        if self.settings.recompute:
+            self.live = layers.recomputing(self.live)
+        if self.settings.compile:
+            self.train = _rounded(self.train)
+            self.live = devices.compiled(self.live, self.settings.compile)
+
     def _moving(self) -> dict[str, Tensor]:
         # What training changes in this phase: parameters, and buffers of modules in train mode.
         names = set(self.parameters)
@@ -376,7 +386,7 @@ class Training:
         row["train_loss"] = _mean(state.weights, state.sums)
         if self.validation is not None:
             where = (max(64, settings.batch_size), self.autocast, settings.device)
-            what = (self.objective, self.metrics, self.live, self.validation)
+            what = (self.objective, self.metrics, self.plain, self.validation)
             with self._averaged():
                 row |= _evaluated(*what, *where)
         if self.scaler is not None:
@@ -429,6 +439,9 @@ class Training:
         rates = self._factor(state.update) if scaler is None else scaler.factor(state.update)
         optim.set_rates(self.optimizer, rates)
         micro = [batch.to(device) for batch in micro]
+        if self.settings.compile:
+            for batch in micro:
+                devices.of_any_count(batch.inputs)
         counts = None
         if len(micro) > 1:
             # The divisor of the whole step, known before the first backward: so each micro-batch
@@ -530,6 +543,7 @@ class Training:
         plain = hasattr(self.objective, "__dataclass_fields__")
         tensors = checkpoint.tensors_of(self.model)
         return decisive | {
+            "compile": bool(self.settings.compile) or None,
             "plan": [asdict(phase) for phase in self.phases],
             "objective": repr(self.objective) if plain else type(self.objective).__qualname__,
             "metrics": [metric.__name__ for metric in self.metrics],
@@ -580,6 +594,18 @@ class Training:
             self.identity, self.best_file = about["identity"], about.get("best_file")
 
 
+def _rounded(source: data.Source) -> data.Source:
+    # for compiled models: what has lengths then has few of them
+    if source.lengths is None:
+        return source
+    if not hasattr(source, "rounded"):
+        raise TypeError(
+            f"compile=True needs batches of a few lengths, but a {type(source).__name__} makes "
+            "them of all: give it a method rounded(), as tk.data.Texts has, or set compile=False"
+        )
+    return source.rounded()
+
+
 def _read(values: Sequence[float | Tensor]) -> Sequence[float]:
     return torch.stack(values).tolist() if isinstance(values[0], Tensor) else values
 
@@ -616,6 +642,7 @@ def _updates(count: int, settings: Any) -> int:
 def _drawn_again(update: int, source: data.Source, state: State, phases, settings) -> Update:
     # Order and augmentation are functions of (seed, epoch, index), and the schedule one of the
     # updates that the phase had made: nothing of it was kept.
+    source = _rounded(source) if settings.compile else source
     each = _updates(len(source), settings)
     epoch, at = divmod(update, each)
     number = bisect.bisect_right(state.starts, epoch) - 1
@@ -719,7 +746,8 @@ def fit(
     patience: int | None = None, batch_size: int = 32, accumulate: int = 1,
     precision: str = "auto", clip: float | None = 1.0, ema: float | None = None, seed: int = 0,
     restore: str = "best", directory: str | Path | None = None, save_every: float = 60.0,
-    workers: int = 0, progress: bool | None = None, device: str | torch.device = "auto",
+    workers: int = 0, compile: bool | str | Callable = False, recompute: bool = False,
+    progress: bool | None = None, device: str | torch.device = "auto",
 ) -> Run:  # fmt: skip
     """Train a model by a plan of phases. It is changed in place and ends in eval mode.
 
@@ -742,6 +770,10 @@ def fit(
         directory, save_every: where to keep the state, and to go on from if it is there; how many
             seconds pass between two states within an epoch.
         workers: processes that fetch batches; they change nothing but speed.
+        compile: True, or a backend of `torch.compile`, compiles the model once a phase and for each
+            length of batches, of which there are then eight at most. Evaluation is not compiled.
+        recompute: whether layer groups are computed again in the backward pass, which takes less
+            memory and more time: see `layers.recomputing`.
         progress: whether to show a bar; by default where somebody looks.
 
     Raises:
@@ -783,6 +815,8 @@ def _prepare(model, objective, train, validation, plan, metrics, progress, **giv
     given.directory = given.directory and Path(given.directory)
     train = data.as_source(train, model.to(given.device))
     validation = None if validation is None else data.as_source(validation, model)
+    if given.compile:
+        _rounded(train)
     _check_outputs(model, objective, [train, validation], given)
     return Training(model, objective, train, validation, phases, metrics, given, progress)
 
@@ -815,7 +849,8 @@ def _check_outputs(model, objective, sources, settings) -> None:
 def _conduct(training: Training) -> Run:
     directory, random = training.settings.directory, torch.get_rng_state()
     try:
-        with _interruptible(training):
+        limits = devices.many_versions() if training.settings.compile else nullcontext()
+        with _interruptible(training), limits:
             training.run()
     except KeyboardInterrupt:
         training.interrupted = True

@@ -72,6 +72,14 @@ def tiny_convnet(seed: int = 0) -> tk.Staged:
     )
 
 
+def tiny_bag(seed: int = 0) -> tk.Staged:
+    """The mean of embeddings, a layer with dropout and a head of three outputs."""
+    torch.manual_seed(seed)
+    hidden = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.2))
+    stages = [("embeddings", Embed(8)), ("pool", Pool()), ("hidden", hidden)]
+    return tk.Staged([*stages, ("head", nn.Linear(8, 3))], labels=["a", "b", "c"])
+
+
 def tiny_tagger(seed: int = 0) -> tk.Staged:
     """The encoder of `tiny_encoder` with a head that says one of three labels of every token."""
     encoder = tiny_encoder(seed)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from small_models import some_images, state_of, tiny_convnet
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import Words, some_images, some_texts, state_of, tiny_bag, tiny_convnet
 from test_resume import PowerCut, _agrees, _stopped_after
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import transferkit as tk
 from transferkit import data, optim
@@ -124,9 +128,9 @@ def test_a_skipped_update_leaves_weights_moments_and_schedule_but_the_data_move_
 
     monkeypatch.setattr(Training, "step", watched)
     monkeypatch.setattr(Overflows, "chosen", int(data.order(COUNT, SIZE, 0, 0)[2][0]))
-    given, plan = _items(0), [tk.finetune(1, lr=0.05, schedule="linear", warmup=0.0)]
-    given[0][3] /= 400.0
-    tk.fit(_net(0), Overflows(), given, plan=plan, batch_size=SIZE, precision="fp16")
+    items_given, plan = _items(0), [tk.finetune(1, lr=0.05, schedule="linear", warmup=0.0)]
+    items_given[0][3] /= 400.0
+    tk.fit(_net(0), Overflows(), items_given, plan=plan, batch_size=SIZE, precision="fp16")
     assert all(map(torch.equal, states[1][0].values(), states[2][0].values()))
     assert all(map(torch.equal, states[1][1], states[2][1]))
     assert not all(map(torch.equal, states[2][0].values(), states[3][0].values()))
@@ -186,3 +190,72 @@ def test_weights_that_are_already_half_are_refused():
     model, plan = _net(0).half(), [_phase("sgd")]
     with pytest.raises(ValueError, match=r"0\.weight is float16.*call model\.float\(\)"):
         tk.fit(model, tk.classification(), _items(0), plan=plan, precision="fp16")
+
+
+def _compiled(make, source, **given):
+    # How often the model was compiled, and the shapes of the batches it saw.
+    counter, shapes, step = CompileCounter(), [], Training.step
+
+    def watched(self, micro):
+        for batch in micro:
+            inputs = batch.inputs["input_ids"] if isinstance(batch.inputs, dict) else batch.inputs
+            shapes.append((self.phase.name, *inputs.shape))
+        step(self, micro)
+
+    model = make()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "step", watched)
+        run = tk.fit(
+            model, tk.classification(), source, batch_size=5, precision="fp32",
+            **{"plan": [tk.finetune(3, lr=0.01)], "compile": counter} | given,
+        )  # fmt: skip
+    return model, run, counter.frame_count, shapes
+
+
+def _long_texts(count):
+    # of 1 to 80 tokens, so that batches have many lengths
+    generator = torch.Generator().manual_seed(0)
+    rows = [" ".join(["7"] * int(n)) for n in torch.randint(1, 81, (count,), generator=generator)]
+    return tk.data.texts(rows, torch.arange(count) % 3, Words(), 100)
+
+
+def test_compile_makes_one_version_for_each_length_of_batches_and_phase():
+    source = _long_texts(83)
+    longest = {source.lengths[batch].max() for batch in data.order(83, 5, 0, 0, source.lengths)}
+    assert len(longest) > 8  # as they come, each of these would be compiled
+    plan = [tk.finetune(2, lr=0.01, last=2, name="one"), tk.finetune(2, lr=0.01, name="two")]
+    _, run, compiled, shapes = _compiled(
+        tiny_bag, source, plan=plan, validation=some_texts(9), accumulate=2
+    )
+    lengths = {(phase, length) for phase, _, length in shapes}
+    assert len({items for _, items, _ in shapes}) > 1  # the last batch of an epoch is smaller
+    assert max(sum(phase == name for phase, _ in lengths) for name in ("one", "two")) <= 8
+    assert compiled == len(lengths) > 8
+    assert run.replay(3).batches[1].inputs["input_ids"].shape == shapes[5][1:]
+
+
+def test_compile_makes_one_version_for_images_and_trains_the_same():
+    images = some_images(13)
+    model, _, compiled, _ = _compiled(tiny_convnet, images)
+    assert compiled == 1
+    plain, _, _, _ = _compiled(tiny_convnet, images, compile=False)
+    for name, value in state_of(plain).items():
+        assert (value - state_of(model)[name]).abs().max() < 1e-6
+    assert not any("_orig_mod" in name for name in model.state_dict())
+
+
+def test_compile_needs_few_lengths():
+    source = some_texts(9)
+    wrapped = type("Wrapped", (), {"__len__": lambda _: 9, "lengths": source.lengths,
+                                   "labels": source.labels, "fetch": source.fetch})()  # fmt: skip
+    with pytest.raises(TypeError, match=r"a Wrapped makes them of all: give it a method rounded"):
+        tk.fit(tiny_bag(), tk.classification(), wrapped, plan=[tk.finetune(1)], compile="eager")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60))
+def test_few_lengths_are_eight_at_most_and_pad_no_text_beyond_the_longest(lengths):
+    lengths = np.array(lengths)
+    sizes = data.few_lengths(lengths)
+    assert 1 <= len(sizes) <= 8 and (np.diff(sizes) > 0).all()
+    assert sizes[-1] == lengths.max() and all(size % 8 == 0 for size in sizes[:-1])
