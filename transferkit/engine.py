@@ -361,6 +361,8 @@ class Training:
             own, state = checkpoint.tensors_of(self.model), self.state
             if self.average is not None:
                 self.average.exchange()
+            if state.best is None:
+                self.best = {}  # no epoch was ever better than NaN: the last weights stay
             for name, tensor in self.best.items():
                 own[name].copy_(tensor)
             state.phase, state.phase_epoch, state.update = state.phase + 1, 0, 0
@@ -706,7 +708,8 @@ class Run:
 
     def plot(self) -> Any:
         """A matplotlib figure of losses and metrics over the epochs, phases divided by lines."""
-        return show.curves(self.history, [metric.__name__ for metric in self.metrics])
+        names = [metric.__name__ for metric in self.metrics]
+        return show.curves(self.history, names, self._state.starts)
 
     def replay(self, step: int) -> Update:
         """What an update saw, drawn again: its batches, augmented as then, and its learning rate.
@@ -757,7 +760,7 @@ def fit(
         plan: phases, such as `[linear_probe(1), finetune(3)]`.
         metrics, monitor: functions of logits and labels; the name of the one (the first), or
             "loss", that chooses the best epoch.
-        patience: epochs of a phase without improvement after which it ends.
+        patience: epochs of a phase without improvement on its own best after which it ends.
         batch_size, accumulate: items in a batch, and batches in an update.
         precision: "fp32", "bf16", "fp16", or "auto": see `devices.resolve_precision`. The weights
             stay in float32. In fp16 an update whose gradient overflows is skipped, and the history
@@ -766,7 +769,9 @@ def fit(
         ema: the decay, such as 0.999, of a moving average of the trained weights that is evaluated,
             and with which each phase ends, in place of the weights: see `optim.Average`. Buffers,
             such as the statistics of BatchNorm, are not averaged.
-        restore: "best" gives the model the weights of the best epoch, "last" leaves the last.
+        restore: "best" gives the model, at the end of each phase, the weights of the best epoch of
+            the run so far, so that the next phase starts from these and one that only does harm is
+            undone; "last" leaves those of the last epoch.
         directory, save_every: where to keep the state, and to go on from if it is there; how many
             seconds pass between two states within an epoch.
         workers: processes that fetch batches; they change nothing but speed.

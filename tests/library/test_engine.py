@@ -195,6 +195,43 @@ def test_the_history_prints_as_a_table_and_plots():
     assert [len(axis.lines) for axis in axes] == [3, 3]  # two curves and a line between phases
 
 
+def _curves(run, panel):
+    lines = run.plot().axes[panel].lines
+    return [line.get_ydata() for line in lines], [line.get_xdata() for line in lines]
+
+
+def test_curves_of_two_phases_of_one_name_are_divided_where_the_second_began():
+    pytest.importorskip("matplotlib")
+    plan = [tk.finetune(2, lr=0.05), tk.finetune(1, lr=0.01)]
+    run = _fit(validation=_data(20, 1), plan=plan, metrics=[tk.accuracy])
+    values, places = _curves(run, 0)
+    assert list(values[0]) == [row["train_loss"] for row in run.history]
+    assert list(values[1]) == [row["loss"] for row in run.history]
+    assert list(places[0]) == [1, 2, 3] and list(places[2]) == [2.5, 2.5]
+    assert list(_curves(run, 1)[0][0]) == [row["accuracy"] for row in run.history]
+
+
+def test_nan_is_a_gap_in_a_curve_and_its_name_stands_at_the_last_value():
+    pytest.importorskip("matplotlib")
+    told = iter([0.5, math.nan, 0.7, math.nan])
+
+    def score(logits, labels):
+        return next(told)
+
+    plan = [tk.finetune(4, lr=0.01)]
+    run = _fit(validation=_data(20, 1), plan=plan, metrics=[score], monitor="loss")
+    assert np.array_equal(_curves(run, 1)[0][0], [0.5, math.nan, 0.7, math.nan], equal_nan=True)
+    (name,) = run.plot().axes[1].texts
+    assert name.get_text() == " score" and name.xy == (3, 0.7)
+
+
+def test_without_validation_data_only_the_training_loss_is_drawn():
+    pytest.importorskip("matplotlib")
+    run = _fit(metrics=[tk.accuracy])
+    (axis,) = run.plot().axes
+    assert len(axis.lines) == 1 and [text.get_text() for text in axis.texts] == [" train_loss"]
+
+
 def test_fit_is_silent_where_nobody_looks(capfd):
     _fit(validation=_data(20, 1))
     captured = capfd.readouterr()
