@@ -105,16 +105,23 @@ def curves(
     figure = Figure(figsize=(6.0, 2.8 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axis, (title, names) in zip(axes, panels.items(), strict=True):
+        ends = []
         for name in names:
-            values = lines[name]
-            axis.plot(epochs, values, marker="o", markersize=3)
-            last = max(at for at, value in enumerate(values) if math.isfinite(value))
-            axis.annotate(f" {name}", (epochs[last], values[last]), va="center")
+            (line,) = axis.plot(epochs, lines[name], marker="o", markersize=3)
+            last = max(at for at, value in enumerate(lines[name]) if math.isfinite(value))
+            ends.append((lines[name][last], epochs[last], name, line.get_color()))
+        low, high = axis.get_ylim()
+        height = -math.inf
+        for value, epoch, name, color in sorted(ends):  # names of lines that meet stand apart
+            height = max(value, height + 0.09 * (high - low))
+            place = {"xytext": (epoch, height), "va": "center", "color": color}
+            axis.annotate(f"  {name}", (epoch, value), **place)
         for start in starts[1:]:
             if start < len(epochs):
                 axis.axvline(start + 0.5, color="0.7", linewidth=0.8)
         axis.set(xlabel="epoch", ylabel=title)
-        axis.margins(x=0.25)
+        if epochs:
+            axis.set_xlim(epochs[0] - 0.5, epochs[-1] + max(0.5, 0.25 * len(epochs)))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 

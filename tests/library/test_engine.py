@@ -222,14 +222,24 @@ def test_nan_is_a_gap_in_a_curve_and_its_name_stands_at_the_last_value():
     run = _fit(validation=_data(20, 1), plan=plan, metrics=[score], monitor="loss")
     assert np.array_equal(_curves(run, 1)[0][0], [0.5, math.nan, 0.7, math.nan], equal_nan=True)
     (name,) = run.plot().axes[1].texts
-    assert name.get_text() == " score" and name.xy == (3, 0.7)
+    assert name.get_text().strip() == "score" and name.xy == (3, 0.7)
 
 
 def test_without_validation_data_only_the_training_loss_is_drawn():
     pytest.importorskip("matplotlib")
     run = _fit(metrics=[tk.accuracy])
     (axis,) = run.plot().axes
-    assert len(axis.lines) == 1 and [text.get_text() for text in axis.texts] == [" train_loss"]
+    assert len(axis.lines) == 1 and [text.get_text() for text in axis.texts] == ["  train_loss"]
+
+
+def test_names_of_curves_that_meet_stand_apart():
+    pytest.importorskip("matplotlib")
+    history = [{"epoch": 1, "train_loss": 1.0}, {"epoch": 2, "train_loss": 0.5}]
+    history = [row | {"loss": row["train_loss"] + 0.001} for row in history]
+    (axis,) = tk.show.curves(history, []).axes
+    low, high = axis.get_ylim()
+    first, second = (text.xyann[1] for text in axis.texts)
+    assert second - first > 0.08 * (high - low)
 
 
 def test_fit_is_silent_where_nobody_looks(capfd):
