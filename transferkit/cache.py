@@ -16,6 +16,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,8 @@ class Features:
         seconds: what computing them took, when they were computed.
     """
 
+    sizes = None
+
     def __init__(self, folder: Path, source: data.Source, views: int, labels: Tensor | None):
         try:
             about = json.loads((folder / "about.json").read_text())
@@ -63,7 +66,7 @@ class Features:
                 if part.dim() == 4:
                     state[name] = part.contiguous(memory_format=torch.channels_last)
         else:
-            real, place = data.ragged(*self._tokens, rows.numpy())
+            real, place = data.ragged(*self._tokens, rows.numpy(), self.sizes)
             state = {}
             for name, part in self._parts.items():
                 state[name] = part.new_zeros(*real.shape, *part.shape[1:])
@@ -73,6 +76,12 @@ class Features:
 
     def fingerprint(self) -> None:
         return None
+
+    def rounded(self) -> Features:
+        """The same features, those of tokens in batches that are padded to a few lengths."""
+        twin = copy(self)
+        twin.sizes = data.few_lengths(self.lengths)
+        return twin
 
 
 def _token_table(source: data.Source, views: int) -> tuple[np.ndarray, np.ndarray]:

@@ -141,7 +141,7 @@ def fill_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Ma
 
 def save_run(
     directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None,
-    about: Mapping[str, Any], best: Mapping[str, Tensor],
+    about: Mapping[str, Any], best: Mapping[str, Tensor], average: Mapping[str, Tensor],
 ) -> None:  # fmt: skip
     """Store a run's state so that it can go on from here.
 
@@ -149,6 +149,7 @@ def save_run(
         about: counters, history, and what identifies the run. `about["best_file"]` names the file
             of the best weights; older ones are removed only when the new state stands.
         best: these weights, written first; empty if the file stands already.
+        average: the moving averages of the parameters, empty if there are none.
     """
     best_file = about.get("best_file")
     if best:
@@ -157,14 +158,15 @@ def save_run(
     if optimizer is not None:
         found = moments(model, optimizer)
         tensors |= {f"moments/{name}": tensor for name, tensor in found.items()}
+    tensors |= {f"average/{name}": tensor for name, tensor in average.items()}
     write(directory / LAST, tensors, about)
     for path in directory.glob("best-*.safetensors"):
         if path.name != best_file:
             path.unlink(missing_ok=True)
 
 
-def load_run(directory: Path, identity: Mapping[str, Any]) -> tuple[dict, dict, dict, dict] | None:
-    """Weights, moments, best weights and `about`, as `save_run` stored them; None if nothing is.
+def load_run(directory: Path, identity: Mapping[str, Any]) -> tuple[dict, ...] | None:
+    """Weights, moments, averages, best weights and `about` of `save_run`; None if nothing is there.
 
     Raises:
         ValueError: the directory holds another run; what differs is named.
@@ -178,7 +180,7 @@ def load_run(directory: Path, identity: Mapping[str, Any]) -> tuple[dict, dict, 
             raise _unwritable(directory, error) from error
         return None
     tensors, about = read(directory / LAST)
-    parts: dict[str, dict] = {"model": {}, "moments": {}}
+    parts: dict[str, dict] = {"model": {}, "moments": {}, "average": {}}
     for key, tensor in tensors.items():
         kind, name = key.split("/", 1)
         parts[kind][name] = tensor
@@ -192,7 +194,7 @@ def load_run(directory: Path, identity: Mapping[str, Any]) -> tuple[dict, dict, 
             "settings of then, or choose another directory, or delete it to start again"
         )
     best = read(directory / about["best_file"])[0] if "best_file" in about else {}
-    return parts["model"], parts["moments"], best, about
+    return *parts.values(), best, about
 
 
 def save_model(directory: str | Path, model: nn.Module, result: Mapping[str, Any]) -> Path:

@@ -46,6 +46,12 @@ class Batch:
         inputs = change(inputs) if single else {n: change(part) for n, part in inputs.items()}
         return Batch(inputs, None if labels is None else change(labels), self.index)
 
+    def item(self, at: int) -> Batch:
+        """One item of the batch, as a batch of its own."""
+        part = self._map(lambda tensor: tensor[at : at + 1])
+        part.index = self.index[at : at + 1]
+        return part
+
     def to(self, device: torch.device) -> Batch:
         """The batch on a device. The index stays where it is: only the host asks for it."""
         if device.type == "cpu":
@@ -63,6 +69,8 @@ class Source(Protocol):
     Attributes:
         labels: the labels of all items as one tensor, or None if they are only known when fetched.
         lengths: tokens of each item, int64 `(n,)`, or None: batches then mix all lengths.
+        rounded: optional, needed by compiled models if there are lengths: a method that returns the
+            same items as batches padded to a few lengths, such as those of `few_lengths`.
         views: in how many ways an item can look: 1 without augmentation, k where epoch e shows view
             e mod k, None where every epoch shows a new one.
     """
@@ -142,10 +150,14 @@ def stream(
     source: Source, batches: Sequence[np.ndarray], epoch: int | None, seed: int,
     workers: int = 0, pin: bool = False,
 ) -> Iterator[Batch]:  # fmt: skip
-    """The given batches of a source, one after the other, fetched here or by worker processes."""
+    """The given batches of a source, one after the other, fetched here or by worker processes.
+
+    With `pin` they are in pinned memory, from where a copy to a GPU waits for nothing.
+    """
     fetches = _Fetches(source, batches, epoch, seed)
     if not workers:
-        return map(fetches.__getitem__, range(len(batches)))
+        fetched = map(fetches.__getitem__, range(len(batches)))
+        return map(Batch.pin_memory, fetched) if pin else fetched
     # With a generator of its own: the loader's draw of a base seed must not move the run's.
     own, whole = torch.Generator(), {"batch_size": None, "num_workers": workers}
     return iter(torch.utils.data.DataLoader(fetches, generator=own, pin_memory=pin, **whole))
@@ -198,17 +210,31 @@ def _tensor(values: Any) -> Tensor:
     return values
 
 
-def ragged(lengths: np.ndarray, ends: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+def few_lengths(lengths: np.ndarray) -> np.ndarray:
+    """At most eight lengths that batches are padded to, where each one costs a compilation.
+
+    They are the eighths of all lengths, so that little is padded, in multiples of 8, which matrix
+    units like, and end with the longest, beyond which a model may know no positions.
+    """
+    eighths = np.quantile(lengths, np.arange(1, 9) / 8, method="higher")
+    return np.unique(np.minimum(-(-eighths // 8) * 8, lengths.max())).astype(np.int64)
+
+
+def ragged(
+    lengths: np.ndarray, ends: np.ndarray, rows: np.ndarray, sizes: np.ndarray | None = None
+) -> tuple[Tensor, Tensor]:
     """Where the tokens of some rows are, padded to a batch and in one long column of all tokens.
 
     Args:
         lengths, ends: of every row, in tokens; `ends` are the lengths summed up to and with it.
+        sizes: lengths that a batch may have, ascending; any if None.
 
     Returns:
         bool `(batch, length)`, True for a token; int64, the places of these in the column.
     """
     length = lengths[rows][:, None]
-    place = np.arange(length.max())
+    longest = length.max()
+    place = np.arange(longest if sizes is None else sizes[np.searchsorted(sizes, longest)])
     real = place < length
     return torch.from_numpy(real), torch.from_numpy((ends[rows][:, None] - length + place)[real])
 
@@ -262,6 +288,7 @@ class Texts:
     """
 
     views = 1
+    sizes = None  # lengths of batches, if they are few
 
     def __init__(self, texts: Sequence[str], labels: Any, tokenizer: Callable, max_length: int):
         if isinstance(texts, str):
@@ -287,7 +314,7 @@ class Texts:
 
     def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
         index = torch.as_tensor(indices)
-        real, place = ragged(self.lengths, self._ends, index.numpy())
+        real, place = ragged(self.lengths, self._ends, index.numpy(), self.sizes)
         ids = torch.full(real.shape, self.padding)
         ids[real] = self.tokens[place]
         labels = None if self.labels is None else self.labels[index]
@@ -295,6 +322,12 @@ class Texts:
 
     def fingerprint(self) -> str:
         return content_hash(self.tokens, self.lengths.tolist(), self.padding)
+
+    def rounded(self) -> Texts:
+        """The same texts in batches that are padded to a few lengths, see `few_lengths`."""
+        twin = copy(self)
+        twin.sizes = few_lengths(self.lengths)
+        return twin
 
 
 class Images:

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor, nn
+
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -32,32 +35,58 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """The precision to compute in, "fp32" or "bf16".
+    """The precision to compute in, "fp32", "bf16" or "fp16".
 
-    "auto" takes bf16 where it is faster: NVIDIA GPUs from compute capability 8, processors with AMX
-    tiles. The avx512_bf16 instructions alone do not help: on a processor that has them and no tiles
-    MiniLM and EfficientNet took 1.5 to 2 times as long to train as in float32.
+    "auto" takes what is faster. That is bf16 on NVIDIA GPUs from compute capability 8 and on
+    processors with AMX tiles: the avx512_bf16 instructions alone do not help, for on a processor
+    that has them and no tiles MiniLM and EfficientNet took 1.5 to 2 times as long to train as in
+    float32. On GPUs of capability 7, whose tensor cores know no bf16, it is fp16; older ones have
+    no such cores.
 
     Raises:
         ValueError: another precision is asked for.
     """
-    if precision not in ("auto", "fp32", "bf16"):
-        raise ValueError(f"precision is {precision!r}: give 'auto', 'fp32' or 'bf16'")
+    if precision not in ("auto", "fp32", *_HALVES):
+        raise ValueError(f"precision is {precision!r}: give 'auto', 'fp32', 'bf16' or 'fp16'")
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        good = torch.cuda.get_device_capability(device)[0] >= 8
-    else:
-        tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        good = device.type == "cpu" and tiles()
-    return "bf16" if good else "fp32"
+        capability = torch.cuda.get_device_capability(device)[0]
+        return "bf16" if capability >= 8 else "fp16" if capability == 7 else "fp32"
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return "bf16" if device.type == "cpu" and tiles() else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager]:
     """What makes the context in which a forward pass computes in that precision."""
     if precision == "fp32":
         return nullcontext
-    return lambda: torch.autocast(device.type, torch.bfloat16)
+    return lambda: torch.autocast(device.type, _HALVES[precision])
+
+
+def compiled(model: nn.Module, backend: bool | str | Callable) -> nn.Module:
+    """The model compiled for each length of its inputs, and for any number of items.
+
+    Args:
+        backend: True for that of torch, or another one that `torch.compile` takes.
+    """
+    how = {} if backend is True else {"backend": backend}
+    return torch.compile(model, dynamic=False, **how)
+
+
+def of_any_count(inputs: Tensor | dict[str, Tensor]) -> None:
+    """Tell the compiler not to make a version of its own for this number of items."""
+    for tensor in inputs.values() if isinstance(inputs, dict) else [inputs]:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def many_versions() -> AbstractContextManager:
+    """Where code may be compiled more often than eight times, by several phases or runs.
+
+    Beyond its limit torch would go on without compiling, and say so in its log alone.
+    """
+    limits = {"recompile_limit": 1024, "accumulated_recompile_limit": 8192}
+    return torch._dynamo.config.patch(**limits)
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:

@@ -8,13 +8,14 @@ resumes from it does not differ from one that was never interrupted.
 
 from __future__ import annotations
 
+import bisect
 import math
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -31,8 +32,10 @@ from transferkit.objectives import check as check_parts
 from transferkit.plan import Phase, check, real, require, whole
 
 _LOOK_EVERY = 50  # updates between two looks at the losses: each look waits for the device
+_SMALLEST_SCALE = 2.0**-20  # of the loss in fp16: 36 updates have been skipped in a row
 _DECIDE_RESULT = (
     "monitor", "patience", "batch_size", "accumulate", "precision", "clip", "seed", "restore",
+    "ema",
 )  # fmt: skip
 
 
@@ -41,59 +44,132 @@ class Predictions:
     """What a model says about each item, in the order of the data.
 
     Attributes:
-        logits: float32 `(n, C)`.
-        labels: `(n,)`, or None where the data have none.
+        logits: float32 `(n, C)`, or `(n, length, C)` where all items are as long; of a model that
+            says something about each token of texts of many lengths, a list with one array
+            `(length, C)` an item, its padding cut off.
+        labels: `(n,)`, or as the logits without `C`, or None where the data have none.
         index: int64 `(n,)`, the items' numbers.
     """
 
-    logits: np.ndarray
-    labels: np.ndarray | None
+    logits: np.ndarray | list[np.ndarray]
+    labels: np.ndarray | list[np.ndarray] | None
     index: np.ndarray
 
     @property
-    def probabilities(self) -> np.ndarray:
-        """The softmax of the logits, float32 `(n, C)`."""
-        powers = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
+    def probabilities(self) -> np.ndarray | list[np.ndarray]:
+        """The softmax of the logits over the classes, in their shape."""
+        return self._each(_softmax)
 
     @property
-    def classes(self) -> np.ndarray:
-        """The number of the largest logit, int64 `(n,)`."""
-        return self.logits.argmax(axis=1)
+    def classes(self) -> np.ndarray | list[np.ndarray]:
+        """The number of the largest logit, int64, in the shape of the logits without `C`."""
+        return self._each(lambda logits: logits.argmax(axis=-1))
+
+    def _each(self, function: Callable) -> np.ndarray | list[np.ndarray]:
+        single = isinstance(self.logits, np.ndarray)
+        return function(self.logits) if single else [function(rows) for rows in self.logits]
 
 
-def _outputs(model, outputs, source, batch_size, autocast, device) -> tuple[Tensor, data.Batch]:
-    # The outputs for the whole source, float32 on the host in the order of the items, and a batch
-    # that holds all labels. The modes of the modules are as before when it returns.
-    if not whole(batch_size):
-        raise ValueError(f"batch_size is {batch_size}, but at least 1 is expected: try 64")
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    # Eval mode without gradients. The modes of the modules are as before when it ends.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    batches = data.in_sequence(len(source), batch_size, source.lengths)
-    found, labels = [], []
     try:
         # not inference_mode: what a model caches now must serve in training later
         with torch.no_grad():
-            for batch in data.stream(source, batches, None, 0):
-                with autocast():
-                    found.append(outputs(model, batch.to(device)).float())
-                labels.append(batch.labels)
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
-    back = torch.from_numpy(np.argsort(np.concatenate(batches), kind="stable"))
-    known = None if labels[0] is None else torch.cat(labels)[back]
-    everything = data.Batch({}, known, torch.arange(len(source)))
-    return torch.cat(found).cpu()[back], everything
+
+
+def _batches(source: data.Source, batch_size: int) -> list[np.ndarray]:
+    if not whole(batch_size):
+        raise ValueError(f"batch_size is {batch_size}, but at least 1 is expected: try 64")
+    return data.in_sequence(len(source), batch_size, source.lengths)
+
+
+def _outputs(model, outputs, source, batch_size, autocast, device):
+    # The outputs for the whole source, float32 on the host in the order of the items, and a batch
+    # that holds all labels. Outputs, and labels, for each token are a list with a tensor an item.
+    batches, found, labels = _batches(source, batch_size), [], []
+    with _inference(model):
+        for batch in data.stream(source, batches, None, 0):
+            with autocast():
+                found.append(outputs(model, batch.to(device)).float())
+            labels.append(batch.labels)
+    # the first batch holds the longest item
+    longest = None if source.lengths is None else source.lengths.max()
+    by_token = found[0].dim() > 2 and found[0].shape[1] == longest
+    known = None
+    if labels[0] is not None:
+        also = by_token and labels[0].shape == found[0].shape[:2]
+        known = _joined(labels, batches, source.lengths if also else None)
+    found = _joined(found, batches, source.lengths if by_token else None)
+    return found, data.Batch({}, known, torch.arange(len(source)))
+
+
+def _joined(parts: list[Tensor], batches: list[np.ndarray], lengths: np.ndarray | None):
+    # In the order of the items: one tensor or, with lengths, for each item its own tokens.
+    back = np.argsort(np.concatenate(batches), kind="stable")
+    if lengths is not None:
+        rows = [row for part in parts for row in part.cpu()]
+        return [rows[at][:length] for at, length in zip(back, lengths, strict=True)]
+    shapes = sorted({tuple(part.shape[1:]) for part in parts})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"the batches have items of the shapes {shapes[0]} and {shapes[1]}, which cannot be "
+            "put together: give the source `lengths`, or let the model return one row an item"
+        )
+    return torch.cat(parts).cpu()[torch.from_numpy(back)]
 
 
 def _scores(objective, metrics, outputs: Tensor, batch: data.Batch) -> dict[str, float]:
     # From all outputs at once, so that no score depends on how they were batched.
     if batch.labels is None:
         raise ValueError("the data have no labels to score: use predict for unlabelled data")
+    if isinstance(outputs, list):
+        raise TypeError(
+            f"the model says something about each token, but the objective "
+            f"{type(objective).__name__} scores items: give it a method scored(outputs, batch)"
+        )
     logits, labels = outputs.numpy(), batch.labels.cpu().numpy()
     scores = {"loss": float(objective.loss(outputs, batch).mean())}
     return scores | {metric.__name__: float(metric(logits, labels)) for metric in metrics}
+
+
+def _streamed_scores(objective, metrics, model, source, batch_size, autocast, device):
+    # Batch by batch, for outputs that are not one row an item and too many to keep. Every item is
+    # asked for its own rows, so that metrics see them in the order of the items.
+    losses, rows = [], {}
+    with _inference(model):
+        for batch in data.stream(source, _batches(source, batch_size), None, 0):
+            batch = batch.to(device)
+            with autocast():
+                outputs = objective.outputs(model, batch)
+            losses.append(objective.loss(outputs, batch))
+            for at, item in enumerate(batch.index.tolist() if metrics else ()):
+                scored = objective.scored(outputs[at : at + 1], batch.item(at))
+                rows[item] = [part.cpu() for part in scored]
+    columns = zip(*(loss.totals + loss.counts for loss in losses), strict=True)
+    sums = [math.fsum(_read(column)) for column in columns]
+    scores = {"loss": _mean([float(weight) for weight in losses[-1].weights], sums)}
+    if metrics:
+        found, labels = zip(*(rows[item] for item in range(len(source))), strict=True)
+        logits, labels = torch.cat(found).float().numpy(), torch.cat(labels).numpy()
+    return scores | {metric.__name__: float(metric(logits, labels)) for metric in metrics}
+
+
+def _evaluated(objective, metrics, model, *where) -> dict[str, float]:
+    if hasattr(objective, "scored"):
+        return _streamed_scores(objective, metrics, model, *where)
+    return _scores(objective, metrics, *_outputs(model, objective.outputs, *where))
 
 
 def predict(
@@ -109,12 +185,17 @@ def predict(
         precision, device: as in `fit`; None leaves the model where it is.
 
     Raises:
-        ValueError: the data are empty or `batch_size` is below 1.
+        ValueError: the data are empty, `batch_size` is below 1, or the outputs of items differ in
+            shape and the data do not say how long each is.
     """
-    settings = (data, batch_size, precision, device)
-    outputs, batch = _apply(model, lambda part, batch: forward(part, batch.inputs), *settings)
-    labels = None if batch.labels is None else batch.labels.cpu().numpy()
-    return Predictions(outputs.numpy(), labels, batch.index.numpy())
+    where = _where(model, data, batch_size, precision, device)
+    found, batch = _outputs(model, lambda part, batch: forward(part, batch.inputs), *where)
+
+    def arrays(part: Tensor | list[Tensor] | None) -> Any:
+        return [row.numpy() for row in part] if isinstance(part, list) else part.cpu().numpy()
+
+    labels = None if batch.labels is None else arrays(batch.labels)
+    return Predictions(arrays(found), labels, batch.index.numpy())
 
 
 def evaluate(
@@ -123,27 +204,31 @@ def evaluate(
 ) -> dict[str, float]:  # fmt: skip
     """The mean loss and the metrics of a model on data: `{"loss": ..., "accuracy": ...}`.
 
-    Every item counts once; the scores are computed from all outputs together.
+    Every item counts once; the metrics are computed from all outputs together. An objective with a
+    method `scored(outputs, batch) -> (rows (m, C), labels (m,))` says what metrics see of a batch:
+    the tokens that are not padding, say. Its loss is then summed over the batches, in float64, and
+    no outputs are kept but the rows that metrics ask for.
 
     Args:
         metrics: functions of logits `(n, C)` and labels `(n,)`, both arrays; else as in `predict`.
 
     Raises:
         ValueError: the data are empty or have no labels, or `batch_size` is below 1.
+        TypeError: the outputs are not one row an item, and the objective has no `scored`.
     """
     check_parts(model, objective)
-    metrics = _functions(metrics)
-    outputs, batch = _apply(model, objective.outputs, data, batch_size, precision, device)
-    return _scores(objective, metrics, outputs, batch)
+    where = _where(model, data, batch_size, precision, device)
+    return _evaluated(objective, _functions(metrics), model, *where)
 
 
-def _apply(model, outputs, items, batch_size, precision, device) -> tuple[Tensor, data.Batch]:
+def _where(model, items, batch_size, precision, device) -> tuple:
+    # What `_outputs` and `_streamed_scores` ask for after the model.
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     device = devices.resolve_device(device)
     source = data.as_source(items, model.to(device))
     autocast = devices.autocast(device, devices.resolve_precision(precision, device))
-    return _outputs(model, outputs, source, batch_size, autocast, device)
+    return source, batch_size, autocast, device
 
 
 @dataclass
@@ -151,6 +236,7 @@ class State:
     """All of a run's state but the tensors: numbers that go into a checkpoint as they are."""
 
     phase: int = 0  # phases finished
+    starts: list[int] = field(default_factory=list)  # epochs finished when each phase began
     epoch: int = 0  # epochs finished, in the run
     phase_epoch: int = 0  # epochs finished, in this phase
     batch: int = 0  # batches drawn in this epoch
@@ -160,6 +246,7 @@ class State:
     weights: list[float] = field(default_factory=list)  # of the terms
     seconds: float = 0.0  # spent on this epoch
     feature_seconds: float = 0.0  # what computing cached features took
+    skipped: list[int] = field(default_factory=list)  # updates of the run that fp16 did not make
     best: dict | None = None  # the row of the history with the best value
     history: list[dict] = field(default_factory=list)
 
@@ -176,8 +263,11 @@ class Training:
         higher = {m.__name__: getattr(m, "higher_is_better", True) for m in metrics}
         self.stopping = plan.Stopping(higher.get(settings.monitor, False), settings.patience)
         self.allowed = {n for n, p in model.named_parameters() if p.requires_grad}
-        self.state, self.best, self.moments = State(), {}, {}
+        self.state, self.best, self.moments, self.averages = State(), {}, {}, {}
+        self.average: optim.Average | None = None
         self.losses: list[tuple[int, Loss]] = []  # (update, loss), since the last look
+        self.flags: list[tuple[int, Tensor]] = []  # (update, whether it was skipped), likewise
+        self.scaler = optim.Scaler(settings.device) if settings.precision == "fp16" else None
         self.whole = self.busy = self.stop = self.interrupted = False
         self.saved = self.started = time.monotonic()
         self.save_cost, self.best_file = 0.0, None
@@ -202,10 +292,21 @@ class Training:
         self.live, self.train, self.validation = self.model, self.source, self.held_out
         if phase.cache:
             self._attach_cache()
+        self._wrap()
+        self.updates = phase.epochs * _updates(len(self.train), self.settings)
+        if len(self.state.starts) == self.state.phase:
+            self.state.starts.append(self.state.epoch - self.state.phase_epoch)
+        if self.scaler is not None:
+            first = self.state.total - self.state.update
+            skipped = sum(update >= first for update in self.state.skipped)
+            factors = [self._factor(update) for update in range(self.updates)]
+            self.scaler.begin(self.optimizer, factors, skipped)
         checkpoint.fill_moments(self.model, self.optimizer, self.moments)
-        self.moments = {}
-        batches = math.ceil(len(self.train) / self.settings.batch_size)
-        self.updates = phase.epochs * math.ceil(batches / self.settings.accumulate)
+        if self.settings.ema is not None:
+            self.average = optim.Average(self.settings.ema, self.parameters)
+            for name, value in self.averages.items():
+                self.average.tensors[name].copy_(value)
+        self.moments, self.averages = {}, {}
         self.progress.begin(phase.name, self.updates, self.state.update)
         if self.held_out is not None and self.settings.restore == "best":
             # What this phase moves and none before did still has the best epoch's value.
@@ -240,6 +341,15 @@ class Training:
         if self.state.update == 0:  # counted once, as measured when they were computed
             self.state.feature_seconds += seconds
 
+    def _wrap(self) -> None:
+        # Training may call another form of the model, evaluation calls the plain one.
+        self.plain = self.live
+        if self.settings.recompute:
+            self.live = layers.recomputing(self.live)
+        if self.settings.compile:
+            self.train = _rounded(self.train)
+            self.live = devices.compiled(self.live, self.settings.compile)
+
     def _moving(self) -> dict[str, Tensor]:
         # What training changes in this phase: parameters, and buffers of modules in train mode.
         names = set(self.parameters)
@@ -251,10 +361,14 @@ class Training:
     def _leave(self) -> None:
         with self._undivided(), torch.no_grad():
             own, state = checkpoint.tensors_of(self.model), self.state
+            if self.average is not None:
+                self.average.exchange()
+            if state.best is None:
+                self.best = {}  # no epoch was ever better than NaN: the last weights stay
             for name, tensor in self.best.items():
                 own[name].copy_(tensor)
             state.phase, state.phase_epoch, state.update = state.phase + 1, 0, 0
-            self.optimizer = None
+            self.optimizer = self.average = None
             self.stopping.phase_best, self.stopping.waited = None, 0  # of the phase that is done
         self._save()
 
@@ -272,18 +386,36 @@ class Training:
                 state.total += 1
             self._between_steps()
         self._look()
-        row = {"epoch": state.epoch + 1, "phase": self.phase.name, "train_loss": self._mean_loss()}
+        row = {"epoch": state.epoch + 1, "phase": self.phase.name}
+        row["train_loss"] = _mean(state.weights, state.sums)
         if self.validation is not None:
-            size, outputs = max(64, settings.batch_size), self.objective.outputs
-            where = (size, self.autocast, settings.device)
-            found = _outputs(self.live, outputs, self.validation, *where)
-            row |= _scores(self.objective, self.metrics, *found)
+            where = (max(64, settings.batch_size), self.autocast, settings.device)
+            what = (self.objective, self.metrics, self.plain, self.validation)
+            with self._averaged():
+                row |= _evaluated(*what, *where)
+        if self.scaler is not None:
+            first = state.total - math.ceil(state.batch / settings.accumulate)
+            row["skipped"] = sum(update >= first for update in state.skipped)
         row["seconds"] = state.seconds + time.monotonic() - self.started
         with self._undivided():
             self._close_epoch(row)
         # At most a tenth of the time goes into storing what short epochs did.
         if time.monotonic() - self.saved >= min(settings.save_every, 10 * self.save_cost):
             self._save()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        # With the averaged weights, if there are some. Meanwhile the state is not whole.
+        if self.average is None:
+            yield
+            return
+        self.whole = False
+        self.average.exchange()
+        try:
+            yield
+        finally:
+            self.average.exchange()
+            self.whole = True
 
     def _order(self) -> list[np.ndarray]:
         size, seed = self.settings.batch_size, self.settings.seed
@@ -298,7 +430,8 @@ class Training:
         if self.validation is not None and self.stopping.observe(row[self.settings.monitor]):
             state.best = row
             if self.settings.restore == "best":
-                self.best |= {name: tensor.clone() for name, tensor in self._moving().items()}
+                found = self._moving() | (self.average.tensors if self.average else {})
+                self.best |= {name: tensor.clone() for name, tensor in found.items()}
         self.progress.note(row)
 
     def step(self, micro: Sequence[data.Batch]) -> None:
@@ -306,10 +439,13 @@ class Training:
 
         Nothing in here reads a value back from the device: no loss is looked at, and no norm.
         """
-        state, phase, device = self.state, self.phase, self.settings.device
-        scale = optim.factor(phase.schedule, state.update, self.updates, phase.warmup)
-        optim.set_rates(self.optimizer, scale)
+        state, scaler, device = self.state, self.scaler, self.settings.device
+        rates = self._factor(state.update) if scaler is None else scaler.factor(state.update)
+        optim.set_rates(self.optimizer, rates)
         micro = [batch.to(device) for batch in micro]
+        if self.settings.compile:
+            for batch in micro:
+                devices.of_any_count(batch.inputs)
         counts = None
         if len(micro) > 1:
             # The divisor of the whole step, known before the first backward: so each micro-batch
@@ -325,18 +461,30 @@ class Training:
                 value = value + self.penalty(self.model)
             if not self.checked and not value.requires_grad:
                 raise ValueError(
-                    f"the objective reaches none of the parameters that phase {phase.name!r} "
+                    f"the objective reaches none of the parameters that phase {self.phase.name!r} "
                     "trains: it must call the model, and detach nothing"
                 )
-            value.backward()
+            (value if scaler is None else value * scaler.scale).backward()
             self.losses.append((state.total, loss.detach()))
         if not self.checked:
             self._name_unreached()
-        if self.settings.clip is not None:
-            parameters = self.parameters.values()
-            nn.utils.clip_grad_norm_(parameters, self.settings.clip, foreach=True)
-        self.optimizer.step()
+        parameters, clip = self.parameters.values(), self.settings.clip
+        if scaler is None:
+            if clip is not None:
+                nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
+            self.optimizer.step()
+        else:
+            norm = scaler.unscale([p.grad for p in parameters if p.grad is not None])
+            if clip is not None:
+                nn.utils.clip_grads_with_norm_(parameters, clip, norm, foreach=True)
+            scaler.step(self.optimizer)
+            self.flags.append((state.total, scaler.found))
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(state.update + 1, scaler)
+
+    def _factor(self, update: int) -> float:
+        return optim.factor(self.phase.schedule, update, self.updates, self.phase.warmup)
 
     def _name_unreached(self) -> None:
         self.checked = True
@@ -366,28 +514,29 @@ class Training:
             state.sums = [a + b for a, b in zip(state.sums or [0.0] * len(row), row, strict=True)]
         state.weights = [float(weight) for weight in last.weights]
         self.losses.clear()
+        if self.scaler is not None:
+            flags = torch.stack([found for _, found in self.flags]).tolist()
+            parts = zip(self.flags, flags, strict=True)
+            state.skipped += [update for (update, _), skipped in parts if skipped]
+            self.flags.clear()
+            if self.scaler.scale.item() < _SMALLEST_SCALE:
+                self._fail(state.total - 1, "every gradient has been infinite for some time")
         norms = torch._foreach_norm([parameter.detach() for parameter in self.parameters.values()])
         if not math.isfinite(torch.stack(norms).sum().item()):
             self._fail(state.total - 1, "the weights became NaN or infinite")
 
-    def _mean_loss(self) -> float:
-        sums, terms = self.state.sums, len(self.state.weights)
-        parts = zip(self.state.weights, sums[:terms], sums[terms:], strict=True)
-        return sum(weight * total / (count or 1.0) for weight, total, count in parts)
-
     def _fail(self, update: int, what: str) -> None:
-        # The order is a function of (seed, epoch): the batches of that update are drawn again.
-        state, settings, bad = self.state, self.settings, []
-        start = math.ceil(state.batch / settings.accumulate) - (state.total - update)
-        start *= settings.accumulate
-        for items in self._order()[start : start + settings.accumulate]:
-            batch = self.train.fetch(items, state.epoch, settings.seed)
+        bad = []
+        drawn = _drawn_again(update, self.train, self.state, self.phases, self.settings)
+        for batch in drawn.batches:
             inputs = batch.inputs
             for tensor in inputs.values() if isinstance(inputs, dict) else [inputs]:
                 fine = torch.isfinite(tensor.reshape(len(batch), -1)).all(dim=1)
                 bad += batch.index[~fine].tolist()
-        where = f"update {update + 1} (phase {self.phase.name!r}, epoch {state.epoch + 1})"
+        where = f"update {update + 1} (phase {drawn.phase!r}, epoch {drawn.epoch})"
         remedy = f"the inputs are finite, so lower lr (now {self.phase.lr:g}) or set clip=1.0"
+        if self.scaler is not None:
+            remedy += ", or train in 'fp32', for fp16 ends at 65,504"
         if bad:
             remedy = f"the inputs of items {sorted(bad)[:10]} are not finite, so clean them"
         raise FloatingPointError(f"{what} at {where}: {remedy}")
@@ -398,6 +547,7 @@ class Training:
         plain = hasattr(self.objective, "__dataclass_fields__")
         tensors = checkpoint.tensors_of(self.model)
         return decisive | {
+            "compile": bool(self.settings.compile) or None,
             "plan": [asdict(phase) for phase in self.phases],
             "objective": repr(self.objective) if plain else type(self.objective).__qualname__,
             "metrics": [metric.__name__ for metric in self.metrics],
@@ -421,6 +571,8 @@ class Training:
         state, now = self.state, time.monotonic()
         state.seconds, self.started = state.seconds + now - self.started, now
         about = {"state": asdict(state), "stopping": asdict(self.stopping)}
+        if self.scaler is not None:
+            about["scaler"] = self.scaler.state()
         about |= {"identity": self.identity, "labels": getattr(self.model, "labels", None)}
         best_file = None
         if self.best:
@@ -428,7 +580,8 @@ class Training:
             best_file = about["best_file"] = f"best-{epoch}-{len(self.best)}.safetensors"
         fresh = self.best if best_file != self.best_file else {}
         directory = self.settings.directory
-        checkpoint.save_run(directory, self.model, self.optimizer, about, fresh)
+        averages = self.average.tensors if self.average else {}
+        checkpoint.save_run(directory, self.model, self.optimizer, about, fresh, averages)
         self.best_file, self.saved = best_file, time.monotonic()
         self.save_cost = self.saved - now
 
@@ -436,15 +589,74 @@ class Training:
         self.identity = self._identity()
         stored = checkpoint.load_run(self.settings.directory, self.identity)
         if stored is not None:
-            weights, self.moments, self.best, about = stored
+            weights, self.moments, self.averages, self.best, about = stored
             checkpoint.fill(self.model, weights, self.settings.directory / checkpoint.LAST)
             self.stopping = plan.Stopping(**about["stopping"])
             self.state = State(**about["state"])
+            if self.scaler is not None:
+                self.scaler = optim.Scaler(self.settings.device, **about["scaler"])
             self.identity, self.best_file = about["identity"], about.get("best_file")
+
+
+def _rounded(source: data.Source) -> data.Source:
+    # for compiled models: what has lengths then has few of them
+    if source.lengths is None:
+        return source
+    if not hasattr(source, "rounded"):
+        raise TypeError(
+            f"compile=True needs batches of a few lengths, but a {type(source).__name__} makes "
+            "them of all: give it a method rounded(), as tk.data.Texts has, or set compile=False"
+        )
+    return source.rounded()
 
 
 def _read(values: Sequence[float | Tensor]) -> Sequence[float]:
     return torch.stack(values).tolist() if isinstance(values[0], Tensor) else values
+
+
+def _mean(weights: Sequence[float], sums: Sequence[float]) -> float:
+    # the loss of several terms, whose totals come before their counts
+    parts = zip(weights, sums[: len(weights)], sums[len(weights) :], strict=True)
+    return sum(weight * total / (count or 1.0) for weight, total, count in parts)
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update of a run, drawn again.
+
+    Attributes:
+        batches: what it saw, one batch or, with accumulation, several, on the host.
+        lr: the learning rate of the head then.
+        phase, epoch: the name of the phase, and the epoch as the history counts it.
+        skipped: whether fp16 made no step of it.
+    """
+
+    batches: list[data.Batch]
+    lr: float
+    phase: str
+    epoch: int
+    skipped: bool
+
+
+def _updates(count: int, settings: Any) -> int:
+    # in an epoch
+    return math.ceil(math.ceil(count / settings.batch_size) / settings.accumulate)
+
+
+def _drawn_again(update: int, source: data.Source, state: State, phases, settings) -> Update:
+    # Order and augmentation are functions of (seed, epoch, index), and the schedule one of the
+    # updates that the phase had made: nothing of it was kept.
+    source = _rounded(source) if settings.compile else source
+    each = _updates(len(source), settings)
+    epoch, at = divmod(update, each)
+    number = bisect.bisect_right(state.starts, epoch) - 1
+    phase, first = phases[number], state.starts[number] * each
+    made = update - first - sum(first <= other < update for other in state.skipped)
+    lr = phase.lr * optim.factor(phase.schedule, made, phase.epochs * each, phase.warmup)
+    size, seed, each = settings.batch_size, settings.seed, settings.accumulate
+    order = data.order(len(source), size, seed, epoch, source.lengths)
+    batches = [source.fetch(items, epoch, seed) for items in order[at * each : (at + 1) * each]]
+    return Update(batches, lr, phase.name, epoch + 1, update in state.skipped)
 
 
 @contextmanager
@@ -484,6 +696,7 @@ class Run:
         self.model, self.objective = training.model, training.objective
         self.metrics, self.plan, self.settings = training.metrics, training.phases, settings
         self.history, self.interrupted = state.history, training.interrupted
+        self._source, self._state = training.source, state
         kept = state.best if settings.restore == "best" and not self.interrupted else None
         self.best = kept or (state.history[-1] if state.history else None)
         self.seconds = state.feature_seconds + sum(row["seconds"] for row in state.history)
@@ -497,7 +710,24 @@ class Run:
 
     def plot(self) -> Any:
         """A matplotlib figure of losses and metrics over the epochs, phases divided by lines."""
-        return show.curves(self.history, [metric.__name__ for metric in self.metrics])
+        names = [metric.__name__ for metric in self.metrics]
+        return show.curves(self.history, names, self._state.starts)
+
+    def replay(self, step: int) -> Update:
+        """What an update saw, drawn again: its batches, augmented as then, and its learning rate.
+
+        With cached features these are the inputs of which the features were computed.
+
+        Args:
+            step: number of the update in the run, from 1, as messages name it.
+
+        Raises:
+            ValueError: the run made no such update.
+        """
+        if not 1 <= step <= self._state.total:
+            made = f"the run made {self._state.total} updates"
+            raise ValueError(f"step is {step}, but {made}: give a number from 1 to that")
+        return _drawn_again(step - 1, self._source, self._state, self.plan, self.settings)
 
     def evaluate(self, data: Any, batch_size: int = 64) -> dict[str, float]:
         """Loss and metrics on other data, in the precision of the run; see `evaluate`."""
@@ -519,8 +749,9 @@ def fit(
     model: nn.Module, objective: Any, train: Any, validation: Any = None, *,
     plan: Sequence[Phase] | Phase, metrics: Sequence[Callable] = (), monitor: str | None = None,
     patience: int | None = None, batch_size: int = 32, accumulate: int = 1,
-    precision: str = "auto", clip: float | None = 1.0, seed: int = 0, restore: str = "best",
-    directory: str | Path | None = None, save_every: float = 60.0, workers: int = 0,
+    precision: str = "auto", clip: float | None = 1.0, ema: float | None = None, seed: int = 0,
+    restore: str = "best", directory: str | Path | None = None, save_every: float = 60.0,
+    workers: int = 0, compile: bool | str | Callable = False, recompute: bool = False,
     progress: bool | None = None, device: str | torch.device = "auto",
 ) -> Run:  # fmt: skip
     """Train a model by a plan of phases. It is changed in place and ends in eval mode.
@@ -531,14 +762,25 @@ def fit(
         plan: phases, such as `[linear_probe(1), finetune(3)]`.
         metrics, monitor: functions of logits and labels; the name of the one (the first), or
             "loss", that chooses the best epoch.
-        patience: epochs of a phase without improvement after which it ends.
+        patience: epochs of a phase without improvement on its own best after which it ends.
         batch_size, accumulate: items in a batch, and batches in an update.
-        precision: "fp32", "bf16", or "auto": see `devices.resolve_precision`.
+        precision: "fp32", "bf16", "fp16", or "auto": see `devices.resolve_precision`. The weights
+            stay in float32. In fp16 an update whose gradient overflows is skipped, and the history
+            says how many were: see `optim.Scaler`.
         clip: the largest norm of the gradient.
-        restore: "best" gives the model the weights of the best epoch, "last" leaves the last.
+        ema: the decay, such as 0.999, of a moving average of the trained weights that is evaluated,
+            and with which each phase ends, in place of the weights: see `optim.Average`. Buffers,
+            such as the statistics of BatchNorm, are not averaged.
+        restore: "best" gives the model, at the end of each phase, the weights of the best epoch of
+            the run so far, so that the next phase starts from these and one that only does harm is
+            undone; "last" leaves those of the last epoch.
         directory, save_every: where to keep the state, and to go on from if it is there; how many
             seconds pass between two states within an epoch.
         workers: processes that fetch batches; they change nothing but speed.
+        compile: True, or a backend of `torch.compile`, compiles the model once a phase and for each
+            length of batches, of which there are then eight at most. Evaluation is not compiled.
+        recompute: whether layer groups are computed again in the backward pass, which takes less
+            memory and more time: see `layers.recomputing`.
         progress: whether to show a bar; by default where somebody looks.
 
     Raises:
@@ -565,6 +807,7 @@ def _prepare(model, objective, train, validation, plan, metrics, progress, **giv
         save_every=(real(given.save_every) and given.save_every >= 0, "seconds, at least 0"),
         clip=(limits[0], "a norm above 0, or None"),
         patience=(limits[1], "at least 1, or None"),
+        ema=(given.ema is None or 0 < given.ema < 1, "a number in (0, 1) such as 0.999, or None"),
         restore=(given.restore in ("best", "last"), "'best' or 'last'"),
         monitor=(given.monitor in known, f"one of {known}, or add the metric to metrics=[...]"),
     )
@@ -580,9 +823,13 @@ def _prepare(model, objective, train, validation, plan, metrics, progress, **giv
     given.seed = int(given.seed)  # of NumPy it would overflow where it is mixed
     given.device = devices.resolve_device(given.device)
     given.precision = devices.resolve_precision(given.precision, given.device)
+    if given.precision == "fp16":
+        _refuse_half(model)
     given.directory = given.directory and Path(given.directory)
     train = data.as_source(train, model.to(given.device))
     validation = None if validation is None else data.as_source(validation, model)
+    if given.compile:
+        _rounded(train)
     _check_outputs(model, objective, [train, validation], given)
     return Training(model, objective, train, validation, phases, metrics, given, progress)
 
@@ -594,6 +841,15 @@ def _functions(metrics: Sequence[Callable] | Callable) -> list[Callable]:
             what = f"a metric is {metric!r}, but a function of logits and labels with a name is"
             raise TypeError(f"{what} expected: pass functions, such as metrics=[tk.accuracy]")
     return listed
+
+
+def _refuse_half(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise ValueError(
+                f"the parameter {name} is float16, in which small updates are lost: call "
+                "model.float(), and fit computes in fp16 where that is safe"
+            )
 
 
 def _check_outputs(model, objective, sources, settings) -> None:
@@ -624,7 +880,8 @@ def _check_outputs(model, objective, sources, settings) -> None:
 def _conduct(training: Training) -> Run:
     directory, random = training.settings.directory, torch.get_rng_state()
     try:
-        with _interruptible(training):
+        limits = devices.many_versions() if training.settings.compile else nullcontext()
+        with _interruptible(training), limits:
             training.run()
     except KeyboardInterrupt:
         training.interrupted = True

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from transferkit.show import Table
 
@@ -245,6 +246,17 @@ def frozen_prefix(model: nn.Module) -> int:
     return flags.index(True) if True in flags else len(flags)
 
 
+def _in_order(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    # The stages by name, where calling them one after the other is all the model does.
+    if type(model).forward not in (Staged.forward, nn.Sequential.forward):
+        what = f"a {type(model).__name__} cannot be cut, for its forward method hides the order"
+        remedy = (
+            "make it tk.staged(model), if it is of torchvision or timm, or wrap it as tk.Staged("
+        )
+        raise TypeError(f"{what} of its layers: {remedy}[(name, stage), ...])")
+    return model._pairs() if isinstance(model, Staged) else list(model.named_children())
+
+
 def split(model: nn.Module, boundary: int | str) -> tuple[nn.Module, nn.Module]:
     """Cut a model in two that share its modules: `model(x) == suffix(prefix(x))`.
 
@@ -256,22 +268,45 @@ def split(model: nn.Module, boundary: int | str) -> tuple[nn.Module, nn.Module]:
         TypeError: the model has no order of calls that could be cut.
         ValueError: there is no such boundary, or one side would be empty.
     """
-    if type(model).forward not in (Staged.forward, nn.Sequential.forward):
-        what = f"a {type(model).__name__} cannot be cut, for its forward method hides the order"
-        remedy = (
-            "make it tk.staged(model), if it is of torchvision or timm, or wrap it as tk.Staged("
-        )
-        raise TypeError(f"{what} of its layers: {remedy}[(name, stage), ...])")
+    pairs = _in_order(model)
     found = [group.name for group in groups(model)]
     at = found.index(boundary) if boundary in found else boundary
     if not isinstance(at, int) or isinstance(at, bool) or not 0 < at < len(found):
         expected = f"a number from 1 to {len(found) - 1} or one of {found[1:]}"
         raise ValueError(f"the boundary is {boundary!r}: give {expected}")
     if isinstance(model, Staged):
-        pairs = model._pairs()
         return Staged(pairs[:at], name=model.name), Staged(pairs[at:], model.labels)
-    pairs = list(model.named_children())
     return nn.Sequential(OrderedDict(pairs[:at])), nn.Sequential(OrderedDict(pairs[at:]))
+
+
+class _Recomputing(Staged):
+    def run(self, state: Any, start: int = 0, stop: int | None = None) -> Any:
+        for name in self.stage_names[start:stop]:
+            stage = self.get_submodule(name)
+            again = name in self.again
+            state = checkpoint(stage, state, use_reentrant=False) if again else stage(state)
+        return state
+
+
+def recomputing(model: nn.Module) -> Staged:
+    """The same model, which computes its layer groups again in the backward pass.
+
+    This is gradient checkpointing (Chen et al. 2016): of each group from the first trained one on,
+    only the input is kept, which saves memory and takes about a third more time. Dropout draws the
+    same numbers again. Not computed again are the last group, for which nothing would be saved, and
+    groups with a BatchNorm in train mode, whose statistics would take in every batch twice.
+
+    Raises:
+        TypeError: the model has no order of calls that could be cut.
+    """
+    pairs = _in_order(model)
+    twin = _Recomputing(pairs)
+    twin.again = {
+        name
+        for name, stage in pairs[frozen_prefix(model) : -1]
+        if not any(isinstance(m, _NORMALISES_BY_BATCH) and m.training for m in stage.modules())
+    }
+    return twin
 
 
 def summary(model: nn.Module) -> Table:

@@ -8,10 +8,11 @@ resumes finds the same rates, and a test can read them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from transferkit.layers import Group
 
@@ -93,7 +94,110 @@ def build(phase: Phase, found: Sequence[Group]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parts, lr=phase.lr, fused=True)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, scale: float) -> None:
-    """Give every parameter group its peak rate times `scale`, a Python number: nothing waits."""
+def set_rates(optimizer: torch.optim.Optimizer, scale: float | Tensor) -> None:
+    """Give every parameter group its peak rate times `scale`.
+
+    A Python number, or a tensor of one element on the device, as fp16 has it: nothing waits.
+    """
     for part in optimizer.param_groups:
         part["lr"] = part["peak"] * scale
+
+
+class Scaler:
+    """Loss scaling for fp16 (Micikevicius et al. 2018), of which the host reads nothing in a step.
+
+    The loss is multiplied by a factor, so that small gradients do not vanish in half precision, and
+    the gradient is divided by it once. If the gradient is not finite, the update is skipped: the
+    parameters, the moments and the schedule stay, and the factor halves. It doubles after 2,000
+    updates in a row that were made. These are the numbers of `torch.amp.GradScaler`, which does not
+    tell whether an update was skipped unless the host waits for it.
+
+    Attributes:
+        scale: the factor, a tensor `()`.
+        found: 1 if the last update was skipped, else 0, a new tensor `()` at each update.
+        skipped: how many updates of the phase were skipped, int64 `(1,)`.
+    """
+
+    def __init__(self, device: torch.device, scale: float = 2.0**16, clean: int = 0):
+        self.device = device
+        self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
+        self._clean = torch.tensor(clean, dtype=torch.int32, device=device)  # updates in a row
+
+    def begin(
+        self, optimizer: torch.optim.Optimizer, factors: Sequence[float], skipped: int
+    ) -> None:
+        """Start, or go on with, a phase whose schedule has these factors, one an update."""
+        self._factors = torch.tensor(factors, dtype=torch.float32, device=self.device)
+        self.skipped = torch.tensor([skipped], device=self.device)
+        for part in optimizer.param_groups:
+            if part.get("momentum"):
+                # torch takes empty memory for these in the first update, and skipping that one
+                # would leave it unset
+                for parameter in part["params"]:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def factor(self, update: int) -> Tensor:
+        """What the rates are multiplied by: the schedule at the number of updates really made."""
+        return self._factors.index_select(0, update - self.skipped)
+
+    def unscale(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Divide the gradients by the factor, in place; their norm, `()`, which decides `found`."""
+        torch._foreach_mul_(gradients, self.scale.reciprocal())
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        self.found = torch.isfinite(norm).logical_not().float()
+        return norm
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Update the parameters, unless the gradient is not finite, and the factor."""
+        optimizer.found_inf = self.found  # the fused kernels look at it on the device
+        optimizer.step()
+        torch._amp_update_scale_(self.scale, self._clean, self.found, 2.0, 0.5, 2000)
+        self.skipped += self.found.long()
+
+    def state(self) -> dict[str, float]:
+        """The arguments that make it again; this waits for the device."""
+        return {"scale": self.scale.item(), "clean": self._clean.item()}
+
+
+class Average:
+    """An exponential moving average of parameters as they train (Polyak & Juditsky 1992).
+
+    After n updates it is the weighted mean of the parameters after each of them, where those of i
+    updates ago weigh `decay**i`: at first the plain mean of the few there are, in which the start
+    of training does not count, later about that of the last `1 / (1 - decay)`.
+
+    Args:
+        decay: in (0, 1), such as 0.999.
+        parameters: what trains, by name.
+
+    Attributes:
+        tensors: the averages, by name.
+    """
+
+    def __init__(self, decay: float, parameters: Mapping[str, Tensor]):
+        self.decay = decay
+        self._live = [parameter.detach() for parameter in parameters.values()]
+        self.tensors = {name: value.detach().clone() for name, value in parameters.items()}
+
+    def update(self, made: int, scaler: Scaler | None = None) -> None:
+        """Take in the parameters after an update; one that fp16 skipped does not count.
+
+        Args:
+            made: updates of the phase with this one, skipped ones too.
+        """
+        if scaler is None:
+            share = (1 - self.decay) / -math.expm1(made * math.log(self.decay))
+        else:
+            counted = (made - scaler.skipped.squeeze()).clamp(min=1)
+            share = (self.decay - 1) / torch.expm1(counted * math.log(self.decay))
+            share = share * (1 - scaler.found)
+        own = list(self.tensors.values())
+        moves = torch._foreach_sub(self._live, own)
+        torch._foreach_mul_(moves, share)
+        torch._foreach_add_(own, moves)
+
+    def exchange(self) -> None:
+        """Give the averages to the parameters and theirs to the averages; twice changes nothing."""
+        own, kept = list(self.tensors.values()), [value.clone() for value in self._live]
+        torch._foreach_copy_(self._live, own)
+        torch._foreach_copy_(own, kept)

@@ -11,7 +11,6 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 
@@ -83,26 +82,47 @@ class Bar:
             self.bar = None
 
 
-def curves(history: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Any:
-    """A matplotlib figure of losses and metrics over the epochs, phases divided by lines."""
-    from matplotlib.figure import Figure
+def curves(
+    history: Sequence[Mapping[str, Any]], metrics: Sequence[str], starts: Sequence[int] = ()
+) -> Any:
+    """A matplotlib figure of losses and metrics over the epochs, phases divided by lines.
 
-    panels = [("loss", ["train_loss", "loss"])]
-    panels += [("on validation data", list(metrics))] if metrics else []
-    figure = Figure(figsize=(6.0, 2.8 * len(panels)), layout="constrained")
+    A value that is NaN leaves a gap; what was never measured is not drawn.
+
+    Args:
+        metrics: names of those in the history.
+        starts: how many epochs were finished when each phase began.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     epochs = [row["epoch"] for row in history]
+    lines = {n: [row.get(n, math.nan) for row in history] for n in ("train_loss", "loss", *metrics)}
+    lines = {n: values for n, values in lines.items() if any(map(math.isfinite, values))}
+    panels = {"loss": [n for n in lines if n not in metrics]}
+    panels["on validation data"] = [n for n in lines if n in metrics]
+    panels = {title: names for title, names in panels.items() if names or title == "loss"}
+    figure = Figure(figsize=(6.0, 2.8 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for axis, (title, names) in zip(axes, panels, strict=True):
+    for axis, (title, names) in zip(axes, panels.items(), strict=True):
+        ends = []
         for name in names:
-            values = [row.get(name, math.nan) for row in history]
-            if not all(map(math.isnan, values)):
-                axis.plot(epochs, values, marker="o", markersize=3)
-                axis.annotate(f" {name}", (epochs[-1], values[-1]), va="center")
-        for before, row in pairwise(history):
-            if before["phase"] != row["phase"]:
-                axis.axvline(row["epoch"] - 0.5, color="0.7", linewidth=0.8)
+            (line,) = axis.plot(epochs, lines[name], marker="o", markersize=3)
+            last = max(at for at, value in enumerate(lines[name]) if math.isfinite(value))
+            ends.append((lines[name][last], epochs[last], name, line.get_color()))
+        low, high = axis.get_ylim()
+        height = -math.inf
+        for value, epoch, name, color in sorted(ends):  # names of lines that meet stand apart
+            height = max(value, height + 0.09 * (high - low))
+            place = {"xytext": (epoch, height), "va": "center", "color": color}
+            axis.annotate(f"  {name}", (epoch, value), **place)
+        for start in starts[1:]:
+            if start < len(epochs):
+                axis.axvline(start + 0.5, color="0.7", linewidth=0.8)
         axis.set(xlabel="epoch", ylabel=title)
-        axis.margins(x=0.25)
+        if epochs:
+            axis.set_xlim(epochs[0] - 0.5, epochs[-1] + max(0.5, 0.25 * len(epochs)))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 

@@ -72,6 +72,26 @@ def tiny_convnet(seed: int = 0) -> tk.Staged:
     )
 
 
+def tiny_bag(seed: int = 0) -> tk.Staged:
+    """The mean of embeddings, a layer with dropout and a head of three outputs."""
+    torch.manual_seed(seed)
+    hidden = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.2))
+    stages = [("embeddings", Embed(8)), ("pool", Pool()), ("hidden", hidden)]
+    return tk.Staged([*stages, ("head", nn.Linear(8, 3))], labels=["a", "b", "c"])
+
+
+def tiny_tagger(seed: int = 0) -> tk.Staged:
+    """The encoder of `tiny_encoder` with a head that says one of three labels of every token."""
+    encoder = tiny_encoder(seed)
+
+    class Tokens(nn.Linear):
+        def forward(self, state):
+            return super().forward(state["hidden"])
+
+    stages = [(name, encoder.get_submodule(name)) for name in encoder.stage_names[:3]]
+    return tk.Staged([*stages, ("head", Tokens(8, 3))], labels=["a", "b", "c"])
+
+
 class Words:
     """A tokenizer of numbers: `"3 1 4"` has the tokens 3, 1 and 4."""
 
@@ -90,6 +110,24 @@ def some_texts(count: int, seed: int = 0) -> tk.data.Texts:
         rows.append(" ".join(map(str, tokens.tolist())))
     labels = torch.randint(0, 3, (count,), generator=generator)
     return tk.data.texts(rows, labels, Words(), 16)
+
+
+class Tagged(tk.data.Texts):
+    """Texts whose labels are one a token: the token modulo 3, and -100 where there is none."""
+
+    def fetch(self, indices, epoch, seed):
+        batch = super().fetch(indices, epoch, seed)
+        ids, real = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
+        batch.labels = torch.where(real, ids % 3, -100)
+        return batch
+
+
+def some_tagged(count: int, seed: int = 0) -> Tagged:
+    """The texts of `some_texts`, with a label for each token."""
+    texts = some_texts(count, seed)
+    tagged = Tagged.__new__(Tagged)
+    vars(tagged).update(vars(texts) | {"labels": None})
+    return tagged
 
 
 def some_images(count: int, augment=None, views=None, seed: int = 0) -> tk.data.Images:

@@ -60,8 +60,9 @@ def test_a_step_reads_nothing_back_to_the_host(make, accumulate, monkeypatch):
     assert _host_reads(counts) == NONE
 
 
-def test_a_step_in_bf16_reads_nothing_back(monkeypatch):
-    counts = _counted_steps(tiny_encoder(), some_texts(24), monkeypatch, precision="bf16")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_step_in_half_precision_reads_nothing_back(precision, monkeypatch):
+    counts = _counted_steps(tiny_encoder(), some_texts(24), monkeypatch, precision=precision)
     assert _host_reads(counts) == NONE
 
 

@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
-from small_models import some_images, some_texts, tiny_convnet, tiny_encoder
+from small_models import (
+    some_images,
+    some_tagged,
+    some_texts,
+    tiny_convnet,
+    tiny_encoder,
+    tiny_tagger,
+)
 from torch import nn
 
 import transferkit as tk
@@ -105,3 +112,106 @@ def test_evaluation_never_augments():
         raise AssertionError("augmented")
 
     tk.evaluate(tiny_convnet(), tk.classification(), some_images(5).augmented(fails))
+
+
+class Tokens:
+    """Cross-entropy of every real token; metrics see one row a token."""
+
+    additive = True
+    acts_below_head = False
+
+    def outputs(self, model, batch):
+        return model(batch.inputs)
+
+    def counts(self, batch):
+        return ((batch.labels != -100).sum(),)
+
+    def loss(self, outputs, batch):
+        flat = outputs.flatten(0, 1), batch.labels.flatten()
+        return tk.Loss(nn.functional.cross_entropy(*flat, reduction="sum"), *self.counts(batch))
+
+    def scored(self, outputs, batch):
+        real = batch.labels != -100
+        return outputs[real], batch.labels[real]
+
+    def __call__(self, model, batch):
+        return self.loss(self.outputs(model, batch), batch)
+
+
+def _each_alone(model, data):
+    with torch.no_grad():
+        fetched = [data.fetch([at], None, 0) for at in range(len(data))]
+        return [(model(b.inputs)[0].numpy(), b.labels[0].numpy()) for b in fetched]
+
+
+@settings(max_examples=20, deadline=None)
+@given(count=st.integers(1, 23), size=st.integers(1, 30))
+def test_scores_of_tokens_are_those_of_every_text_alone_in_the_order_of_the_data(count, size):
+    model, data, seen = tiny_tagger().eval(), some_tagged(count), []
+
+    def accuracy(logits, labels):
+        seen.append((logits, labels))
+        return tk.accuracy(logits, labels)
+
+    scores = tk.evaluate(model, Tokens(), data, [accuracy], size, precision="fp32")
+    rows, labels = (np.concatenate(part) for part in zip(*_each_alone(model, data), strict=True))
+    assert np.array_equal(seen[0][1], labels)
+    assert np.abs(seen[0][0] - rows).max() < 1e-5
+    powers = np.exp(rows.astype(np.float64))
+    loss = reference.log_loss(labels, powers / powers.sum(1, keepdims=True), labels=[0, 1, 2])
+    expected = {"loss": loss, "accuracy": reference.accuracy_score(labels, rows.argmax(1))}
+    assert scores == pytest.approx(expected, abs=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(count=st.integers(1, 23), size=st.integers(1, 30))
+def test_predictions_of_tokens_are_one_array_a_text_without_its_padding(count, size):
+    model, data = tiny_tagger().eval(), some_tagged(count)
+    found = tk.predict(model, data, size, precision="fp32")
+    assert len(found.logits) == len(found.labels) == count
+    for at, (logits, labels) in enumerate(_each_alone(model, data)):
+        assert found.logits[at].shape == logits.shape == (data.lengths[at], 3)
+        assert np.abs(found.logits[at] - logits).max() < 1e-5
+        assert np.array_equal(found.labels[at], labels)
+        assert np.array_equal(found.classes[at], found.logits[at].argmax(1))
+        assert np.allclose(found.probabilities[at].sum(1), 1.0, atol=1e-6)
+
+
+def test_the_streamed_loss_loses_nothing_in_many_batches():
+    # a float32 sum of 300 and so many large and small losses would
+    class Given(Tokens):
+        def outputs(self, model, batch):
+            return batch.inputs
+
+        def loss(self, outputs, batch):
+            return tk.Loss(outputs.sum(), len(batch))
+
+    losses = torch.full((4000, 1), 1e-3)
+    losses[0] = 3e4
+    found = tk.evaluate(nn.Linear(1, 1), Given(), (losses, torch.zeros(4000)), batch_size=1)
+    assert found["loss"] == pytest.approx(losses.double().mean().item(), rel=1e-12)
+
+
+def test_training_on_tokens_is_scored_after_each_epoch():
+    model = tiny_tagger()
+    run = tk.fit(
+        model, Tokens(), some_tagged(40), some_tagged(10, 1), metrics=[tk.accuracy],
+        plan=[tk.finetune(8, lr=0.05)], batch_size=8, accumulate=2,
+    )  # fmt: skip
+    assert run.best["accuracy"] > 0.6
+    assert run.evaluate(some_tagged(10, 1))["accuracy"] == pytest.approx(run.best["accuracy"])
+
+
+def test_outputs_of_tokens_need_lengths_and_an_objective_that_scores_them():
+    model, data = tiny_tagger(), some_tagged(9)
+    with pytest.raises(TypeError, match=r"Classification scores items: give it a method scored"):
+        tk.evaluate(model, tk.classification(), data)
+    # items that say nothing of their lengths
+    texts = [{k: v[0] for k, v in data.fetch([at], None, 0).inputs.items()} for at in range(9)]
+    with pytest.raises(ValueError, match=r"shapes \(.*cannot be put together: give the source"):
+        tk.predict(model, texts, 1)
+
+
+def test_outputs_of_rows_of_one_length_are_one_array():
+    found = tk.predict(nn.Linear(4, 2), (torch.randn(5, 7, 4), torch.zeros(5)), 2)
+    assert found.logits.shape == (5, 7, 2) and found.classes.shape == (5, 7)

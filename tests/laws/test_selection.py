@@ -116,3 +116,15 @@ def test_two_runs_with_one_seed_agree_bit_for_bit_and_another_seed_differs():
 
     assert same(trained(0), trained(0))
     assert not same(trained(0), trained(1))
+
+
+def test_where_no_epoch_has_a_value_the_last_weights_stay(monkeypatch):
+    plan = [tk.linear_probe(1, lr=0.1, cache=False), tk.finetune(2, lr=0.01)]
+    model, run, states = _fit(monkeypatch, [math.nan] * 3, plan=plan)
+    assert run.best["epoch"] == 3 and same(state_of(model), states[2])
+
+
+def test_a_best_epoch_after_a_phase_of_nan_is_restored_whole(monkeypatch):
+    plan = [tk.finetune(2, lr=0.01), tk.linear_probe(2, lr=0.1, cache=False)]
+    model, run, states = _fit(monkeypatch, [math.nan, math.nan, 0.5, 0.2], plan=plan)
+    assert run.best["epoch"] == 3 and same(state_of(model), states[2])

@@ -166,3 +166,35 @@ def test_a_split_needs_a_model_that_can_prepare_it():
 
     with pytest.raises(TypeError, match=r"Linear cannot prepare a split.*tk\.models\.load"):
         tk.predict(nn.Linear(2, 2), Split())
+
+
+def test_batches_are_pinned_for_a_gpu_alone_and_cost_nothing_on_a_processor(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    source = tk.data.tensors(torch.randn(6, 2), torch.arange(6))
+    batches = tk.data.order(6, 4, 0, 0)
+    plain = list(tk.data.stream(source, batches, 0, 0))
+    assert not pinned and all(batch.to(torch.device("cpu")) is batch for batch in plain)
+    list(tk.data.stream(source, batches, 0, 0, pin=True))
+    assert len(pinned) == 4  # inputs and labels of two batches
+    tk.fit(torch.nn.Linear(2, 6), tk.classification(), source, plan=[tk.finetune(1)], device="cpu")
+    assert len(pinned) == 4
+
+
+def test_rounded_texts_are_the_same_texts_in_batches_of_few_lengths():
+    class Words:
+        def __call__(self, texts, truncation, max_length):
+            return {"input_ids": [[int(t) for t in text.split()] for text in texts]}
+
+    rows = [" ".join(["5"] * (1 + at * 7 % 61)) for at in range(61)]
+    plain = tk.data.texts(rows, None, Words(), 99)
+    rounded, found = plain.rounded(), set()
+    for batch in tk.data.order(61, 3, 0, 0, plain.lengths):
+        own, other = (source.fetch(batch, None, 0).inputs for source in (rounded, plain))
+        found.add(own["input_ids"].shape[1])
+        for name in own:
+            length = other[name].shape[1]
+            assert torch.equal(own[name][:, :length], other[name])
+            assert not own[name][:, length:].any()
+    assert len(found) <= 8 and max(found) == 61 and plain.sizes is None
+    assert plain.fingerprint() == rounded.fingerprint()

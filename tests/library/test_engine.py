@@ -58,7 +58,8 @@ BAD = [
     ({"batch_size": 0}, "batch_size is 0: give at least 1"),
     ({"accumulate": 0}, "accumulate is 0: give at least 1"),
     ({"clip": 0.0}, r"clip is 0\.0: give a norm above 0, or None"),
-    ({"precision": "fp8"}, "precision is 'fp8': give 'auto', 'fp32' or 'bf16'"),
+    ({"ema": 1.0}, r"ema is 1\.0: give a number in \(0, 1\) such as 0\.999, or None"),
+    ({"precision": "fp8"}, "precision is 'fp8': give 'auto', 'fp32', 'bf16' or 'fp16'"),
     ({"device": "abacus"}, "device is 'abacus': give 'auto', 'cpu' or 'cuda'"),
     ({"restore": "first"}, "restore is 'first': give 'best' or 'last'"),
     ({"patience": 0, "validation": _data()}, "patience is 0: give at least 1, or None"),
@@ -194,6 +195,53 @@ def test_the_history_prints_as_a_table_and_plots():
     assert [len(axis.lines) for axis in axes] == [3, 3]  # two curves and a line between phases
 
 
+def _curves(run, panel):
+    lines = run.plot().axes[panel].lines
+    return [line.get_ydata() for line in lines], [line.get_xdata() for line in lines]
+
+
+def test_curves_of_two_phases_of_one_name_are_divided_where_the_second_began():
+    pytest.importorskip("matplotlib")
+    plan = [tk.finetune(2, lr=0.05), tk.finetune(1, lr=0.01)]
+    run = _fit(validation=_data(20, 1), plan=plan, metrics=[tk.accuracy])
+    values, places = _curves(run, 0)
+    assert list(values[0]) == [row["train_loss"] for row in run.history]
+    assert list(values[1]) == [row["loss"] for row in run.history]
+    assert list(places[0]) == [1, 2, 3] and list(places[2]) == [2.5, 2.5]
+    assert list(_curves(run, 1)[0][0]) == [row["accuracy"] for row in run.history]
+
+
+def test_nan_is_a_gap_in_a_curve_and_its_name_stands_at_the_last_value():
+    pytest.importorskip("matplotlib")
+    told = iter([0.5, math.nan, 0.7, math.nan])
+
+    def score(logits, labels):
+        return next(told)
+
+    plan = [tk.finetune(4, lr=0.01)]
+    run = _fit(validation=_data(20, 1), plan=plan, metrics=[score], monitor="loss")
+    assert np.array_equal(_curves(run, 1)[0][0], [0.5, math.nan, 0.7, math.nan], equal_nan=True)
+    (name,) = run.plot().axes[1].texts
+    assert name.get_text().strip() == "score" and name.xy == (3, 0.7)
+
+
+def test_without_validation_data_only_the_training_loss_is_drawn():
+    pytest.importorskip("matplotlib")
+    run = _fit(metrics=[tk.accuracy])
+    (axis,) = run.plot().axes
+    assert len(axis.lines) == 1 and [text.get_text() for text in axis.texts] == ["  train_loss"]
+
+
+def test_names_of_curves_that_meet_stand_apart():
+    pytest.importorskip("matplotlib")
+    history = [{"epoch": 1, "train_loss": 1.0}, {"epoch": 2, "train_loss": 0.5}]
+    history = [row | {"loss": row["train_loss"] + 0.001} for row in history]
+    (axis,) = tk.show.curves(history, []).axes
+    low, high = axis.get_ylim()
+    first, second = (text.xyann[1] for text in axis.texts)
+    assert second - first > 0.08 * (high - low)
+
+
 def test_fit_is_silent_where_nobody_looks(capfd):
     _fit(validation=_data(20, 1))
     captured = capfd.readouterr()
@@ -217,8 +265,10 @@ def test_bf16_is_chosen_only_where_the_processor_has_tiles(monkeypatch):
     assert devices.resolve_precision("bf16", cpu) == "bf16"
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16")])
-def test_bf16_is_chosen_on_gpus_that_have_it(monkeypatch, capability, expected):
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((6, 1), "fp32"), ((7, 5), "fp16"), ((8, 0), "bf16")]
+)
+def test_the_half_precision_is_chosen_that_a_gpu_has(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert devices.resolve_precision("auto", torch.device("cuda")) == expected
 
