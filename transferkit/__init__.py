@@ -26,6 +26,7 @@ _MODULES = (
     "objectives",
     "optim",
     "plan",
+    "preflight",
     "profiles",
     "show",
 )
@@ -40,7 +41,12 @@ _NAMES = {
     "load": "checkpoint",
     "linear_probe": "plan",
     "finetune": "plan",
+    "gradual_unfreezing": "plan",
+    "probe_then_finetune": "plan",
     "Phase": "plan",
+    # before training: what leaves no trace
+    "check": "preflight",
+    "lr_find": "preflight",
     # models and their layer groups
     "Staged": "layers",
     "freeze": "layers",

@@ -225,6 +225,8 @@ def frozen_prefix(model: nn.Module) -> int:
 def split(model: nn.Module, boundary: int | str) -> tuple[nn.Module, nn.Module]:
     """Cut a model in two that share its modules: `model(x) == suffix(prefix(x))`.
 
+    The prefix of a `Staged` prepares the same inputs, so that it takes the same splits of data.
+
     Args:
         model: a `Staged` or an `nn.Sequential`.
         boundary: the first group of the suffix, by number or name.
@@ -243,7 +245,8 @@ def split(model: nn.Module, boundary: int | str) -> tuple[nn.Module, nn.Module]:
         raise ValueError(f"the boundary is {boundary!r}: give {expected}")
     if isinstance(model, Staged):
         pairs = model._pairs()
-        return Staged(pairs[:at], name=model.name), Staged(pairs[at:], model.labels)
+        lower = Staged(pairs[:at], prepare=model.prepare, name=model.name)
+        return lower, Staged(pairs[at:], model.labels)
     pairs = list(model.named_children())
     return nn.Sequential(OrderedDict(pairs[:at])), nn.Sequential(OrderedDict(pairs[at:]))
 

@@ -1,18 +1,22 @@
 """What a run does. The one idea: a plan is a list of phases, and a phase fixes what is trained.
 
 Optimizer, parameter groups and feature cache are built once per phase. A phase is a value: it can
-be printed, compared and stored, and names the whole recipe.
+be printed, compared and stored, and names the whole recipe. Functions that describe a whole
+strategy, such as `gradual_unfreezing`, return a list of phases, to be used alone or beside others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
-from transferkit.layers import Group, groups
+from transferkit import optim
+from transferkit.layers import Group, groups, matching
 from transferkit.optim import OPTIMIZERS, SCHEDULES
 
 
@@ -26,13 +30,20 @@ class Phase:
         lr: peak learning rate, that of the head.
         last: how many layer groups with parameters are trained, counted from the output; None
             trains all.
+        train: of these layer groups only the parameters that one of these patterns matches, such as
+            `("*.bias", "head")` (Ben Zaken et al. 2022); None trains all of them.
         cache: compute the output of the frozen layer groups once and train on that.
         layer_decay: the rate of each layer group is that of the next one times this, in (0, 1].
+        rates: peak rates by name, `{"head": 1e-3, "layer.*": 2e-5}`, kept as a tuple of pairs. The
+            first pattern that matches a parameter gives its rate as it stands, without layer decay,
+            which shapes the rates of all others.
         warmup: share of the updates over which the rate rises, in [0, 1).
         weight_decay: of parameters with at least two dimensions.
         schedule: "cosine", "linear" or "constant" after the warm-up.
         optimizer: "adamw" or "sgd".
         momentum: of "sgd".
+
+    Patterns are those of `layers.matching`: a parameter's own name, or that of a module it is in.
 
     Raises:
         ValueError: a value is outside its range.
@@ -42,8 +53,10 @@ class Phase:
     epochs: int
     lr: float
     last: int | None = None
+    train: tuple[str, ...] | None = None
     cache: bool = False
     layer_decay: float = 1.0
+    rates: tuple[tuple[str, float], ...] = ()
     warmup: float = 0.06
     weight_decay: float = 0.01
     schedule: str = "cosine"
@@ -52,11 +65,18 @@ class Phase:
 
     def __post_init__(self) -> None:
         whole = self.epochs >= 1 and self.epochs == int(self.epochs)
+        if self.train is not None:
+            patterns = [self.train] if isinstance(self.train, str) else self.train
+            object.__setattr__(self, "train", tuple(patterns))
+        object.__setattr__(self, "rates", _pairs(self.rates))
+        named = all(0 < rate < math.inf for _, rate in self.rates)
         require(
             self,
             epochs=(whole, "a whole number of at least 1"),
             lr=(0 < self.lr < math.inf, "a number above 0, such as 2e-5"),
             last=(self.last is None or self.last >= 1, "None (all) or at least 1"),
+            train=(self.train != (), "None (all) or at least one pattern, such as '*.bias'"),
+            rates=(named, "rates above 0; to keep parameters from being trained, freeze them"),
             layer_decay=(0 < self.layer_decay <= 1, "a number in (0, 1], such as 0.9"),
             warmup=(0 <= self.warmup < 1, "a share in [0, 1), such as 0.06"),
             weight_decay=(0 <= self.weight_decay < math.inf, "a number of at least 0"),
@@ -64,6 +84,15 @@ class Phase:
             schedule=(self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             optimizer=(self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
         )
+
+
+def _pairs(rates: Any) -> tuple[tuple[str, float], ...]:
+    try:
+        found = rates.items() if isinstance(rates, Mapping) else rates
+        return tuple((str(pattern), float(rate)) for pattern, rate in found)
+    except (TypeError, ValueError):
+        remedy = 'give a pattern with its rate for each, such as {"head": 1e-3, "layer.*": 2e-5}'
+        raise ValueError(f"rates is {rates!r}: {remedy}") from None
 
 
 def require(values: object, **rules: tuple[bool, str]) -> None:
@@ -87,16 +116,86 @@ def finetune(epochs: int, lr: float = 2e-5, last: int | None = None, **settings)
     return Phase(**{"name": "finetune", "epochs": epochs, "lr": lr, "last": last, **settings})
 
 
-def check(plan: Sequence[Phase] | Phase) -> list[Phase]:
-    """The plan as a list.
+def gradual_unfreezing(
+    groups: int, epochs: int | Sequence[int] = 1, lr: float = 2e-5, **settings: Any
+) -> list[Phase]:
+    """Phases that train the last layer group, then the last two, and so on (Howard & Ruder 2018).
+
+    The layers nearest to the output know least that is general, so they change first. Howard and
+    Ruder train each stage for one epoch and the last, of all layers, until it has converged, with
+    `layer_decay=1 / 2.6`. Where not all of a deep model is to be opened one by one, a last phase
+    may do the rest: `[tk.gradual_unfreezing(3), tk.finetune(2)]`.
+
+    Args:
+        groups: how many phases, each with one more layer group that has parameters.
+        epochs: of each phase, one number or one for every phase.
+        lr, settings: of every phase, as in `Phase`; `name` is continued by the phase's number.
+
+    Raises:
+        ValueError: `groups` is below 1, or there is not one number of epochs for every phase.
+    """
+    each = list(epochs) if isinstance(epochs, Sequence) else [epochs] * groups
+    if groups < 1 or len(each) != groups:
+        what = f"groups is {groups} and epochs is {epochs}"
+        raise ValueError(f"{what}: give at least 1, and one number of epochs or one for each phase")
+    name = settings.pop("name", "unfreeze")
+    settings["lr"] = lr
+    return [Phase(f"{name} {at}", count, last=at, **settings) for at, count in enumerate(each, 1)]
+
+
+def probe_then_finetune(
+    probe: int, epochs: int, probe_lr: float = 1e-3, lr: float = 2e-5, cache: bool = True,
+    **settings: Any,
+) -> list[Phase]:  # fmt: skip
+    """A linear probe, then the whole model from there: LP-FT (Kumar et al. 2022).
+
+    A new head sends random gradients into the backbone, which distort its features before the head
+    fits them; one that was fitted first does not. Fine-tuning starts at the best epoch of the
+    probe, with a new optimizer and a new warm-up.
+
+    Args:
+        probe, probe_lr, cache: epochs and rate of `linear_probe`, and whether it keeps features.
+        epochs, lr, settings: of `finetune`.
+    """
+    return [linear_probe(probe, probe_lr, cache), finetune(epochs, lr, **settings)]
+
+
+def check(plan: Phase | Iterable[Any]) -> list[Phase]:
+    """The plan as one list: a phase, or phases and lists of phases, however nested.
 
     Raises:
         ValueError: it is empty, or something in it is no phase.
     """
-    phases = [plan] if isinstance(plan, Phase) else list(plan)
+    phases = list(_flat(plan))
     if not phases or not all(isinstance(phase, Phase) for phase in phases):
         raise ValueError(f"the plan is {phases}: give phases, such as [tk.finetune(epochs=3)]")
     return phases
+
+
+def _flat(plan: Any) -> Iterator[Any]:
+    if not isinstance(plan, Iterable) or isinstance(plan, str):
+        yield plan
+        return
+    for part in plan:
+        yield from _flat(part)
+
+
+def begin(phase: Phase, model: nn.Module, allowed: set[str]) -> torch.optim.Optimizer:
+    """Set which parameters the phase trains, and build its optimizer over them.
+
+    The optimizer of every phase is new, also for parameters that the phase before trained: their
+    moments were those of other weights (a phase starts from the best epoch so far, not from the
+    last), with other layers and another rate, and a bias correction of AdamW that starts again for
+    all keeps old and new parameters in step. The warm-up is what it needs for its first updates.
+
+    Raises:
+        ValueError: as `select` and `rates`.
+    """
+    found = select(phase, model, allowed)
+    return optim.build(
+        found, optimizer=phase.optimizer, lr=phase.lr, weight_decay=phase.weight_decay,
+        layer_decay=phase.layer_decay, rates=rates(phase, model), momentum=phase.momentum,
+    )  # fmt: skip
 
 
 def select(phase: Phase, model: nn.Module, allowed: set[str]) -> list[Group]:
@@ -106,7 +205,8 @@ def select(phase: Phase, model: nn.Module, allowed: set[str]) -> list[Group]:
         allowed: names of the parameters that were not frozen before the run.
 
     Raises:
-        ValueError: the phase asks for more layer groups than there are.
+        ValueError: the phase asks for more layer groups than there are, a pattern matches nothing
+            that can be trained, or nothing at all is left to train.
     """
     found = groups(model)
     holders = [group for group in found if group.parameters]
@@ -116,11 +216,47 @@ def select(phase: Phase, model: nn.Module, allowed: set[str]) -> list[Group]:
             f"phase {phase.name!r} trains the last {last} layer groups, but the model has "
             f"{len(holders)} with parameters: lower `last`, or leave it out to train all"
         )
-    for at, group in enumerate(holders):
-        for name, parameter in group.parameters.items():
-            parameter.requires_grad_(at >= len(holders) - last and name in allowed)
-            parameter.grad = None
+    trained = {name for group in holders[-last:] for name in group.parameters} & allowed
+    if phase.train is not None:
+        trained = set().union(*(_hits(phase, model, one, trained) for one in phase.train))
+    if not trained:
+        raise ValueError(
+            f"phase {phase.name!r} trains no parameter, but at least one is expected: all it would "
+            "train is frozen; call tk.unfreeze(model, ...), or give the model a head"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+        parameter.grad = None
     return found
+
+
+def rates(phase: Phase, model: nn.Module) -> dict[str, float]:
+    """The peak rates that the phase gives by name, one for each parameter that a pattern matches.
+
+    Raises:
+        ValueError: a pattern matches nothing that is trained, or nothing that those before it left.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found: dict[str, float] = {}
+    for pattern, rate in phase.rates:
+        new = _hits(phase, model, pattern, trained) - found.keys()
+        if not new:
+            raise ValueError(
+                f"phase {phase.name!r}: patterns before {pattern!r} already gave a rate to all it "
+                "matches, and the first decides: put the special pattern before the general"
+            )
+        found |= dict.fromkeys(new, rate)
+    return found
+
+
+def _hits(phase: Phase, model: nn.Module, pattern: str, trained: set[str]) -> set[str]:
+    hits = matching(model, [pattern]) & trained
+    if not hits:
+        raise ValueError(
+            f"phase {phase.name!r}: all that {pattern!r} matches is frozen, but something trained "
+            "is expected: raise `last`, call tk.unfreeze(model, ...), or leave the pattern out"
+        )
+    return hits
 
 
 @dataclass
