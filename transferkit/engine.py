@@ -569,7 +569,7 @@ def fit(
 
 
 def _prepare(model, objective, train, validation, plan, metrics, progress, **given) -> Training:
-    phases, metrics, given = check(plan), list(metrics), SimpleNamespace(**given)
+    phases, metrics, given = check(plan, model), list(metrics), SimpleNamespace(**given)
     known = [*(metric.__name__ for metric in metrics), "loss"]
     given.monitor = known[0] if given.monitor is None else given.monitor
     limits = (given.clip is None or given.clip > 0, given.patience is None or given.patience >= 1)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from transferkit import optim
-from transferkit.layers import Group, groups, matching
+from transferkit.layers import groups, matching
 from transferkit.optim import OPTIMIZERS, SCHEDULES
 
 
@@ -160,15 +160,22 @@ def probe_then_finetune(
     return [linear_probe(probe, probe_lr, cache), finetune(epochs, lr, **settings)]
 
 
-def check(plan: Phase | Iterable[Any]) -> list[Phase]:
+def check(plan: Phase | Iterable[Any], model: nn.Module | None = None) -> list[Phase]:
     """The plan as one list: a phase, or phases and lists of phases, however nested.
 
+    Args:
+        model: with one, every phase must find in it what it asks for, before the first is trained.
+
     Raises:
-        ValueError: it is empty, or something in it is no phase.
+        ValueError: it is empty, something in it is no phase, or one does not fit the model.
     """
     phases = list(_flat(plan))
     if not phases or not all(isinstance(phase, Phase) for phase in phases):
         raise ValueError(f"the plan is {phases}: give phases, such as [tk.finetune(epochs=3)]")
+    if model is not None:
+        allowed = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for phase in phases:
+            rates(phase, model, trained(phase, model, allowed))
     return phases
 
 
@@ -189,17 +196,20 @@ def begin(phase: Phase, model: nn.Module, allowed: set[str]) -> torch.optim.Opti
     all keeps old and new parameters in step. The warm-up is what it needs for its first updates.
 
     Raises:
-        ValueError: as `select` and `rates`.
+        ValueError: as `trained` and `rates`.
     """
-    found = select(phase, model, allowed)
+    names = trained(phase, model, allowed)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+        parameter.grad = None
     return optim.build(
-        found, optimizer=phase.optimizer, lr=phase.lr, weight_decay=phase.weight_decay,
-        layer_decay=phase.layer_decay, rates=rates(phase, model), momentum=phase.momentum,
+        groups(model), optimizer=phase.optimizer, lr=phase.lr, weight_decay=phase.weight_decay,
+        layer_decay=phase.layer_decay, rates=rates(phase, model, names), momentum=phase.momentum,
     )  # fmt: skip
 
 
-def select(phase: Phase, model: nn.Module, allowed: set[str]) -> list[Group]:
-    """Set which parameters the phase trains, and return the model's layer groups.
+def trained(phase: Phase, model: nn.Module, allowed: set[str]) -> set[str]:
+    """Names of the parameters that the phase trains.
 
     Args:
         allowed: names of the parameters that were not frozen before the run.
@@ -208,38 +218,36 @@ def select(phase: Phase, model: nn.Module, allowed: set[str]) -> list[Group]:
         ValueError: the phase asks for more layer groups than there are, a pattern matches nothing
             that can be trained, or nothing at all is left to train.
     """
-    found = groups(model)
-    holders = [group for group in found if group.parameters]
+    holders = [group for group in groups(model) if group.parameters]
     last = len(holders) if phase.last is None else phase.last
     if last > len(holders):
         raise ValueError(
             f"phase {phase.name!r} trains the last {last} layer groups, but the model has "
             f"{len(holders)} with parameters: lower `last`, or leave it out to train all"
         )
-    trained = {name for group in holders[-last:] for name in group.parameters} & allowed
+    names = {name for group in holders[-last:] for name in group.parameters} & allowed
     if phase.train is not None:
-        trained = set().union(*(_hits(phase, model, one, trained) for one in phase.train))
-    if not trained:
+        names = set().union(*(_hits(phase, model, one, names) for one in phase.train))
+    if not names:
         raise ValueError(
             f"phase {phase.name!r} trains no parameter, but at least one is expected: all it would "
             "train is frozen; call tk.unfreeze(model, ...), or give the model a head"
         )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
-        parameter.grad = None
-    return found
+    return names
 
 
-def rates(phase: Phase, model: nn.Module) -> dict[str, float]:
+def rates(phase: Phase, model: nn.Module, names: set[str]) -> dict[str, float]:
     """The peak rates that the phase gives by name, one for each parameter that a pattern matches.
+
+    Args:
+        names: of the parameters that it trains.
 
     Raises:
         ValueError: a pattern matches nothing that is trained, or nothing that those before it left.
     """
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     found: dict[str, float] = {}
     for pattern, rate in phase.rates:
-        new = _hits(phase, model, pattern, trained) - found.keys()
+        new = _hits(phase, model, pattern, names) - found.keys()
         if not new:
             raise ValueError(
                 f"phase {phase.name!r}: patterns before {pattern!r} already gave a rate to all it "
@@ -249,8 +257,8 @@ def rates(phase: Phase, model: nn.Module) -> dict[str, float]:
     return found
 
 
-def _hits(phase: Phase, model: nn.Module, pattern: str, trained: set[str]) -> set[str]:
-    hits = matching(model, [pattern]) & trained
+def _hits(phase: Phase, model: nn.Module, pattern: str, names: set[str]) -> set[str]:
+    hits = matching(model, [pattern]) & names
     if not hits:
         raise ValueError(
             f"phase {phase.name!r}: all that {pattern!r} matches is frozen, but something trained "
