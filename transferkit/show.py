@@ -185,8 +185,6 @@ def _results(result: Mapping[str, Any]) -> list[str]:
         return []
     epoch, phase = best.pop("epoch"), best.pop("phase")
     best.pop("seconds", None)
-    where = (
-        "of the validation data, but for train_loss" if "loss" in best else "of the training data"
-    )
-    lines = [f"Epoch {epoch}, of the phase `{phase}`; {where}:", ""]
+    where = "validation data, but for train_loss" if "loss" in best else "training data"
+    lines = [f"Epoch {epoch}, in the phase `{phase}`, on the {where}:", ""]
     return lines + [f"- {name}: {_cell(value)}" for name, value in best.items()]
