@@ -260,8 +260,8 @@ def _shapes(training: engine.Training, batch: data.Batch) -> show.Table:
     for name, tensor in (tensors | {"outputs": outputs}).items():
         row = {"what": name, "type": str(tensor.dtype).removeprefix("torch.")}
         table.append(row | {"shape": str(tuple(tensor.shape)), "range": ""})
-    labels = batch.labels if training.source.labels is None else training.source.labels
-    if labels is not None:
+    if batch.labels is not None:
+        labels = batch.labels if training.source.labels is None else training.source.labels
         extent = f"{labels.min().item():g} to {labels.max().item():g}"
         names = getattr(training.model, "labels", None)
         table[-2]["range"] = extent + (f" of {len(names)} names" if names else "")

@@ -158,9 +158,8 @@ def card(about: Mapping[str, Any], parameters: int) -> str:
     origin = f", from the pre-trained weights `{start}`" if start else ""
     lines = [f"# {about['name']}", "", f"{parameters:,} parameters{origin}.", ""]
     for heading, facts in sections.items():
-        said = notes.pop(heading, None)
-        both = [*([said, ""] if said and facts else [said] if said else []), *facts]
-        lines += [f"## {heading}", "", *(both or [_UNKNOWN]), ""]
+        known = [part for part in (notes.pop(heading, ""), "\n".join(facts)) if part]
+        lines += [f"## {heading}", "", "\n\n".join(known) or _UNKNOWN, ""]
     for heading, text in notes.items():
         lines += [f"## {heading}", "", text, ""]
     return "\n".join(lines)
