@@ -27,6 +27,7 @@ _MODULES = (
     "objectives",
     "optim",
     "plan",
+    "preflight",
     "profiles",
     "show",
 )
@@ -41,7 +42,12 @@ _NAMES = {
     "load": "checkpoint",
     "linear_probe": "plan",
     "finetune": "plan",
+    "gradual_unfreezing": "plan",
+    "probe_then_finetune": "plan",
     "Phase": "plan",
+    # before training: what leaves no trace
+    "check": "preflight",
+    "lr_find": "preflight",
     # models and their layer groups
     "Staged": "layers",
     "staged": "backbones",

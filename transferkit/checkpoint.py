@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from transferkit import show
+from transferkit import __version__, show
 from transferkit.data import content_hash
 
 FORMAT = 2
@@ -197,11 +198,15 @@ def load_run(directory: Path, identity: Mapping[str, Any]) -> tuple[dict, ...] |
     return *parts.values(), best, about
 
 
-def save_model(directory: str | Path, model: nn.Module, result: Mapping[str, Any]) -> Path:
-    """Write weights, a description from which `load` rebuilds the model, and a short model card.
+def save_model(
+    directory: str | Path, model: nn.Module, result: Mapping[str, Any],
+    notes: Mapping[str, str] | None = None,
+) -> Path:  # fmt: skip
+    """Write weights, a description from which `load` rebuilds the model, and a model card.
 
     Args:
-        result: what to say of the training: the best epoch, the plan, the seed, versions.
+        result: what to say of the training: the best epoch, the plan, the settings, the data.
+        notes: what a person adds, by the heading of the card it belongs under.
     """
     directory = Path(directory)
     about = {
@@ -210,6 +215,12 @@ def save_model(directory: str | Path, model: nn.Module, result: Mapping[str, Any
         "recipe": getattr(model, "recipe", None),
         "weights_hash": getattr(model, "weights_hash", ""),
         "result": result,
+        "notes": dict(notes or {}),
+        "versions": {
+            "Python": platform.python_version(),
+            "torch": torch.__version__,
+            "transferkit": __version__,
+        },
     }
     write(directory / "model.safetensors", tensors_of(model), about)
     text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"

@@ -484,7 +484,9 @@ def as_source(data: Any, model: nn.Module | None = None) -> Source:
                 f"the model {type(model).__name__} cannot prepare a split: use a model of "
                 "tk.models.load, or make a source with tk.data.texts, images or tensors"
             )
-        return prepare(data)
+        source = prepare(data)
+        source.name = getattr(data, "name", "")  # for the model card
+        return source
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
         return Examples(data)
     raise TypeError(

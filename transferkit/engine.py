@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -285,7 +285,7 @@ class Training:
     def _enter(self, phase: Phase) -> None:
         # Build, once, all that depends on what the phase trains.
         self.phase, self.checked, self.whole = phase, False, False
-        self.optimizer = optim.build(phase, plan.select(phase, self.model, self.allowed))
+        self.optimizer = plan.begin(phase, self.model, self.allowed)
         layers.apply_modes(self.model)
         parts = [zip(g["names"], g["params"], strict=True) for g in self.optimizer.param_groups]
         self.parameters = {name: parameter for part in parts for name, parameter in part}
@@ -541,16 +541,21 @@ class Training:
             remedy = f"the inputs of items {sorted(bad)[:10]} are not finite, so clean them"
         raise FloatingPointError(f"{what} at {where}: {remedy}")
 
-    def _identity(self) -> dict:
-        # What a stored state must agree with, to be gone on from.
+    def recipe(self) -> dict:
+        """How the run trains: all that decides its result but data and model, as plain values."""
         decisive = {name: getattr(self.settings, name) for name in _DECIDE_RESULT}
         plain = hasattr(self.objective, "__dataclass_fields__")
-        tensors = checkpoint.tensors_of(self.model)
         return decisive | {
             "compile": bool(self.settings.compile) or None,
             "plan": [asdict(phase) for phase in self.phases],
             "objective": repr(self.objective) if plain else type(self.objective).__qualname__,
             "metrics": [metric.__name__ for metric in self.metrics],
+        }
+
+    def _identity(self) -> dict:
+        # What a stored state must agree with, to be gone on from.
+        tensors = checkpoint.tensors_of(self.model)
+        return self.recipe() | {
             "data": self._content(self.source),
             "validation": self._content(self.held_out),
             "model": data.content_hash([(n, t.shape, t.dtype) for n, t in tensors.items()])[:16],
@@ -563,6 +568,19 @@ class Training:
             return None
         labels = None if source.labels is None else data.content_hash(source.labels)[:16]
         return [len(source), labels, (source.fingerprint() or "unknown")[:16]]
+
+    def learned_from(self) -> dict[str, dict]:
+        """What is known of the data without reading them again: for the model card."""
+        found, identity = {}, getattr(self, "identity", {})
+        for part, source in (("data", self.source), ("validation", self.held_out)):
+            if source is None:
+                continue
+            found[part] = {"name": getattr(source, "name", ""), "items": len(source)}
+            if source.labels is not None:
+                found[part]["labels sha256"] = data.content_hash(source.labels)[:16]
+            if identity.get(part, ["unknown"])[-1] != "unknown":
+                found[part]["inputs sha256"] = identity[part][-1]
+        return found
 
     def _save(self) -> None:
         if self.settings.directory is None:
@@ -699,6 +717,7 @@ class Run:
         self._source, self._state = training.source, state
         kept = state.best if settings.restore == "best" and not self.interrupted else None
         self.best = kept or (state.history[-1] if state.history else None)
+        self._about = training.recipe() | {"data": training.learned_from()}
         self.seconds = state.feature_seconds + sum(row["seconds"] for row in state.history)
 
     def __repr__(self) -> str:
@@ -738,11 +757,14 @@ class Run:
         """What the model says about other data, in the precision of the run; see `predict`."""
         return predict(self.model, data, batch_size, precision=self.settings.precision)
 
-    def save(self, directory: str | Path) -> Path:
-        """Write the model so that `transferkit.load(directory)` gives it back."""
-        names = [phase.name for phase in self.plan]
-        result = {"best epoch": self.best, "plan": names, "seed": self.settings.seed}
-        return checkpoint.save_model(directory, self.model, result)
+    def save(self, directory: str | Path, notes: Mapping[str, str] | None = None) -> Path:
+        """Write the model, so that `transferkit.load(directory)` gives it back, and a model card.
+
+        Args:
+            notes: what only a person knows, by the card's heading: `{"Intended use": "..."}`.
+        """
+        result = {"best epoch": self.best, **self._about}
+        return checkpoint.save_model(directory, self.model, result, notes)
 
 
 def fit(
@@ -792,8 +814,8 @@ def fit(
 
 
 def _prepare(model, objective, train, validation, plan, metrics, progress, **given) -> Training:
-    phases, metrics, given = check(plan), _functions(metrics), SimpleNamespace(**given)
     check_parts(model, objective)
+    phases, metrics, given = check(plan, model), _functions(metrics), SimpleNamespace(**given)
     known = [*(metric.__name__ for metric in metrics), "loss"]
     given.monitor = known[0] if given.monitor is None else given.monitor
     limits = (given.clip is None or (real(given.clip) and given.clip > 0),

@@ -260,6 +260,8 @@ def _in_order(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def split(model: nn.Module, boundary: int | str) -> tuple[nn.Module, nn.Module]:
     """Cut a model in two that share its modules: `model(x) == suffix(prefix(x))`.
 
+    The prefix of a `Staged` prepares the same inputs, so that it takes the same splits of data.
+
     Args:
         model: a `Staged` or an `nn.Sequential`.
         boundary: the first group of the suffix, by number or name.
@@ -275,7 +277,8 @@ def split(model: nn.Module, boundary: int | str) -> tuple[nn.Module, nn.Module]:
         expected = f"a number from 1 to {len(found) - 1} or one of {found[1:]}"
         raise ValueError(f"the boundary is {boundary!r}: give {expected}")
     if isinstance(model, Staged):
-        return Staged(pairs[:at], name=model.name), Staged(pairs[at:], model.labels)
+        lower = Staged(pairs[:at], prepare=model.prepare, name=model.name)
+        return lower, Staged(pairs[at:], model.labels)
     return nn.Sequential(OrderedDict(pairs[:at])), nn.Sequential(OrderedDict(pairs[at:]))
 
 

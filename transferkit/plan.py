@@ -1,20 +1,24 @@
 """What a run does. The one idea: a plan is a list of phases, and a phase fixes what is trained.
 
 Optimizer, parameter groups and feature cache are built once per phase. A phase is a value: it can
-be printed, compared and stored, and names the whole recipe.
+be printed, compared and stored, and names the whole recipe. Functions that describe a whole
+strategy, such as `gradual_unfreezing`, return a list of phases, to be used alone or beside others.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
+import torch
 from torch import nn
 
-from transferkit.layers import Group, groups
+from transferkit import optim
+from transferkit.layers import groups, matching
 from transferkit.optim import OPTIMIZERS, SCHEDULES
 
 
@@ -28,13 +32,20 @@ class Phase:
         lr: peak learning rate, that of the head.
         last: how many layer groups with parameters are trained, counted from the output; None
             trains all.
+        train: of these layer groups only the parameters that one of these patterns matches, such as
+            `("*.bias", "head")` (Ben Zaken et al. 2022); None trains all of them.
         cache: compute the output of the frozen layer groups once and train on that.
         layer_decay: the rate of each layer group is that of the next one times this, in (0, 1].
+        rates: peak rates by name, `{"head": 1e-3, "layer.*": 2e-5}`, kept as a tuple of pairs. The
+            first pattern that matches a parameter gives its rate as it stands, without layer decay,
+            which shapes the rates of all others.
         warmup: share of the updates over which the rate rises, in [0, 1).
         weight_decay: of parameters with at least two dimensions.
         schedule: "cosine", "linear" or "constant" after the warm-up.
         optimizer: "adamw" or "sgd".
         momentum: of "sgd".
+
+    Patterns are those of `layers.matching`: a parameter's own name, or that of a module it is in.
 
     Raises:
         ValueError: a value is outside its range.
@@ -44,8 +55,10 @@ class Phase:
     epochs: int
     lr: float
     last: int | None = None
+    train: tuple[str, ...] | None = None
     cache: bool = False
     layer_decay: float = 1.0
+    rates: tuple[tuple[str, float], ...] = ()
     warmup: float = 0.06
     weight_decay: float = 0.01
     schedule: str = "cosine"
@@ -55,11 +68,18 @@ class Phase:
     def __post_init__(self) -> None:
         for name in ("lr", "layer_decay", "warmup", "weight_decay", "momentum"):
             require(self, **{name: (real(getattr(self, name)), "one number")})
+        if self.train is not None:
+            patterns = [self.train] if isinstance(self.train, str) else self.train
+            object.__setattr__(self, "train", tuple(patterns))
+        object.__setattr__(self, "rates", _pairs(self.rates))
+        named = all(0 < rate < math.inf for _, rate in self.rates)
         require(
             self,
             epochs=(whole(self.epochs), "a whole number of at least 1"),
             lr=(0 < self.lr < math.inf, "a number above 0, such as 2e-5"),
             last=(self.last is None or whole(self.last), "None (all) or at least 1"),
+            train=(self.train != (), "None (all) or at least one pattern, such as '*.bias'"),
+            rates=(named, "rates above 0; to keep parameters from being trained, freeze them"),
             layer_decay=(0 < self.layer_decay <= 1, "a number in (0, 1], such as 0.9"),
             warmup=(0 <= self.warmup < 1, "a share in [0, 1), such as 0.06"),
             weight_decay=(0 <= self.weight_decay < math.inf, "a number of at least 0"),
@@ -77,6 +97,15 @@ def real(value: object) -> bool:
 def whole(value: object, least: int = 1) -> bool:
     """Whether it is a whole number of at least `least`, of an integer type."""
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
+def _pairs(rates: Any) -> tuple[tuple[str, float], ...]:
+    try:
+        found = rates.items() if isinstance(rates, Mapping) else rates
+        return tuple((str(pattern), float(rate)) for pattern, rate in found)
+    except (TypeError, ValueError):
+        remedy = 'give a pattern with its rate for each, such as {"head": 1e-3, "layer.*": 2e-5}'
+        raise ValueError(f"rates is {rates!r}: {remedy}") from None
 
 
 def require(values: object, **rules: tuple[bool, str]) -> None:
@@ -100,40 +129,155 @@ def finetune(epochs: int, lr: float = 2e-5, last: int | None = None, **settings)
     return Phase(**{"name": "finetune", "epochs": epochs, "lr": lr, "last": last, **settings})
 
 
-def check(plan: Sequence[Phase] | Phase) -> list[Phase]:
-    """The plan as a list.
+def gradual_unfreezing(
+    groups: int, epochs: int | Sequence[int] = 1, lr: float = 2e-5, **settings: Any
+) -> list[Phase]:
+    """Phases that train the last layer group, then the last two, and so on (Howard & Ruder 2018).
+
+    The layers nearest to the output know least that is general, so they change first. Howard and
+    Ruder train each stage for one epoch and the last, of all layers, until it has converged, with
+    `layer_decay=1 / 2.6`. Where not all of a deep model is to be opened one by one, a last phase
+    may do the rest: `[tk.gradual_unfreezing(3), tk.finetune(2)]`.
+
+    Args:
+        groups: how many phases, each with one more layer group that has parameters.
+        epochs: of each phase, one number or one for every phase.
+        lr, settings: of every phase, as in `Phase`; `name` is continued by the phase's number.
 
     Raises:
-        ValueError: it is empty, or something in it is no phase.
+        ValueError: `groups` is below 1, or there is not one number of epochs for every phase.
     """
-    phases = list(plan) if isinstance(plan, (list, tuple)) else [plan]
+    each = list(epochs) if isinstance(epochs, Sequence) else [epochs] * groups
+    if groups < 1 or len(each) != groups:
+        what = f"groups is {groups} and epochs is {epochs}"
+        raise ValueError(f"{what}: give at least 1, and one number of epochs or one for each phase")
+    name = settings.pop("name", "unfreeze")
+    settings["lr"] = lr
+    return [Phase(f"{name} {at}", count, last=at, **settings) for at, count in enumerate(each, 1)]
+
+
+def probe_then_finetune(
+    probe: int, epochs: int, probe_lr: float = 1e-3, lr: float = 2e-5, cache: bool = True,
+    **settings: Any,
+) -> list[Phase]:  # fmt: skip
+    """A linear probe, then the whole model from there: LP-FT (Kumar et al. 2022).
+
+    A new head sends random gradients into the backbone, which distort its features before the head
+    fits them; one that was fitted first does not. Fine-tuning starts at the best epoch of the
+    probe, with a new optimizer and a new warm-up.
+
+    Args:
+        probe, probe_lr, cache: epochs and rate of `linear_probe`, and whether it keeps features.
+        epochs, lr, settings: of `finetune`.
+    """
+    return [linear_probe(probe, probe_lr, cache), finetune(epochs, lr, **settings)]
+
+
+def check(plan: Phase | Iterable[Any], model: nn.Module | None = None) -> list[Phase]:
+    """The plan as one list: a phase, or phases and lists of phases, however nested.
+
+    Args:
+        model: with one, every phase must find in it what it asks for, before the first is trained.
+
+    Raises:
+        ValueError: it is empty, something in it is no phase, or one does not fit the model.
+    """
+    phases = list(_flat(plan))
     if not phases or not all(isinstance(phase, Phase) for phase in phases):
         raise ValueError(f"the plan is {phases}: give phases, such as [tk.finetune(epochs=3)]")
+    if model is not None:
+        allowed = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for phase in phases:
+            rates(phase, model, trained(phase, model, allowed))
     return phases
 
 
-def select(phase: Phase, model: nn.Module, allowed: set[str]) -> list[Group]:
-    """Set which parameters the phase trains, and return the model's layer groups.
+def _flat(plan: Any) -> Iterator[Any]:
+    if not isinstance(plan, Iterable) or isinstance(plan, str):
+        yield plan
+        return
+    for part in plan:
+        yield from _flat(part)
+
+
+def begin(phase: Phase, model: nn.Module, allowed: set[str]) -> torch.optim.Optimizer:
+    """Set which parameters the phase trains, and build its optimizer over them.
+
+    The optimizer of every phase is new, also for parameters that the phase before trained: their
+    moments were those of other weights (a phase starts from the best epoch so far, not from the
+    last), with other layers and another rate, and a bias correction of AdamW that starts again for
+    all keeps old and new parameters in step. The warm-up is what it needs for its first updates.
+
+    Raises:
+        ValueError: as `trained` and `rates`.
+    """
+    names = trained(phase, model, allowed)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+        parameter.grad = None
+    return optim.build(
+        groups(model), optimizer=phase.optimizer, lr=phase.lr, weight_decay=phase.weight_decay,
+        layer_decay=phase.layer_decay, rates=rates(phase, model, names), momentum=phase.momentum,
+    )  # fmt: skip
+
+
+def trained(phase: Phase, model: nn.Module, allowed: set[str]) -> set[str]:
+    """Names of the parameters that the phase trains.
 
     Args:
         allowed: names of the parameters that were not frozen before the run.
 
     Raises:
-        ValueError: the phase asks for more layer groups than there are.
+        ValueError: the phase asks for more layer groups than there are, a pattern matches nothing
+            that can be trained, or nothing at all is left to train.
     """
-    found = groups(model)
-    holders = [group for group in found if group.parameters]
+    holders = [group for group in groups(model) if group.parameters]
     last = len(holders) if phase.last is None else phase.last
     if last > len(holders):
         raise ValueError(
             f"phase {phase.name!r} trains the last {last} layer groups, but the model has "
             f"{len(holders)} with parameters: lower `last`, or leave it out to train all"
         )
-    for at, group in enumerate(holders):
-        for name, parameter in group.parameters.items():
-            parameter.requires_grad_(bool(at >= len(holders) - last and name in allowed))
-            parameter.grad = None
+    names = {name for group in holders[-last:] for name in group.parameters} & allowed
+    if phase.train is not None:
+        names = set().union(*(_hits(phase, model, one, names) for one in phase.train))
+    if not names:
+        raise ValueError(
+            f"phase {phase.name!r} trains no parameter, but at least one is expected: all it would "
+            "train is frozen; call tk.unfreeze(model, ...), or give the model a head"
+        )
+    return names
+
+
+def rates(phase: Phase, model: nn.Module, names: set[str]) -> dict[str, float]:
+    """The peak rates that the phase gives by name, one for each parameter that a pattern matches.
+
+    Args:
+        names: of the parameters that it trains.
+
+    Raises:
+        ValueError: a pattern matches nothing that is trained, or nothing that those before it left.
+    """
+    found: dict[str, float] = {}
+    for pattern, rate in phase.rates:
+        new = _hits(phase, model, pattern, names) - found.keys()
+        if not new:
+            raise ValueError(
+                f"phase {phase.name!r}: patterns before {pattern!r} already gave a rate to all it "
+                "matches, and the first decides: put the special pattern before the general"
+            )
+        found |= dict.fromkeys(new, rate)
     return found
+
+
+def _hits(phase: Phase, model: nn.Module, pattern: str, names: set[str]) -> set[str]:
+    hits = matching(model, [pattern]) & names
+    if not hits:
+        raise ValueError(
+            f"phase {phase.name!r}: all that {pattern!r} matches is frozen, but something trained "
+            "is expected: raise `last`, call tk.unfreeze(model, ...), or leave the pattern out"
+        )
+    return hits
 
 
 @dataclass

@@ -126,12 +126,84 @@ def curves(
     return figure
 
 
+def rate_curve(
+    rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float],
+    suggestion: float | None,
+) -> Any:  # fmt: skip
+    """A matplotlib figure of the losses that `lr_find` met over the rate, with its suggestion."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.0, 3.2), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(rates, losses, color="0.7", linewidth=0.8, label="each batch")
+    axis.plot(rates, smoothed, label="running mean")
+    if suggestion is not None:
+        label = f"falls fastest, {suggestion:.2g}"
+        axis.axvline(suggestion, color="0.3", linestyle="--", linewidth=0.8, label=label)
+    axis.set(xscale="log", xlabel="learning rate", ylabel="loss")
+    fall = smoothed[0] - min(smoothed)
+    if fall > 0:  # the fall fills the picture; the losses at the end would leave none of it
+        axis.set_ylim(min(smoothed) - fall / 2, smoothed[0] + fall)
+    axis.legend()
+    return figure
+
+
+_UNKNOWN = "Not stated."
+_SETTINGS = ("seed", "batch_size", "accumulate", "precision", "clip", "patience", "restore")
+
+
 def card(about: Mapping[str, Any], parameters: int) -> str:
-    """A short model card in Markdown, from what `checkpoint.save_model` stores."""
-    lines = [f"# {about['name']}", "", f"{parameters:,} parameters, trained with transferkit.", ""]
+    """A model card in Markdown (Mitchell et al. 2019), from what `checkpoint.save_model` stores.
+
+    It states what the run knows and what the notes add; of the rest it says that it is not stated.
+    """
+    result, notes = about["result"], dict(about["notes"])
+    task = [f"- Objective: `{result['objective']}`"] if "objective" in result else []
     if about["labels"]:
-        lines += [f"Labels: {', '.join(map(str, about['labels']))}", ""]
-    lines += [f"- {name}: {value}" for name, value in about["result"].items()]
+        task.append(f"- Labels: {', '.join(map(str, about['labels']))}")
+    training = [_phase_line(phase) for phase in result.get("plan", [])]
+    training += [f"- {name}: {result[name]}" for name in _SETTINGS if name in result]
     load = "tk.load(directory)" if about["recipe"] else "tk.load(directory, model=...)"
-    lines += ["", "```python", "import transferkit as tk", "", f"model = {load}", "```", ""]
+    sections = {
+        "Task": task,
+        "Intended use": [],
+        "Limitations": [],
+        "Data": [_data_line(*part) for part in result.get("data", {}).items()],
+        "Training": training,
+        "Results": _results(result),
+        "Versions": [f"- {name} {version}" for name, version in about["versions"].items()],
+        "How to load": ["```python", "import transferkit as tk", "", f"model = {load}", "```"],
+    }
+    start = about["weights_hash"]
+    origin = f", from the pre-trained weights `{start}`" if start else ""
+    lines = [f"# {about['name']}", "", f"{parameters:,} parameters{origin}.", ""]
+    for heading, facts in sections.items():
+        known = [part for part in (notes.pop(heading, ""), "\n".join(facts)) if part]
+        lines += [f"## {heading}", "", "\n\n".join(known) or _UNKNOWN, ""]
+    for heading, text in notes.items():
+        lines += [f"## {heading}", "", text, ""]
     return "\n".join(lines)
+
+
+def _phase_line(phase: Mapping[str, Any]) -> str:
+    values = {name: value for name, value in phase.items() if value is not None and value != ()}
+    name = values.pop("name")
+    return f"- Phase `{name}`: {', '.join(f'{key} {value}' for key, value in values.items())}"
+
+
+def _data_line(part: str, known: Mapping[str, Any]) -> str:
+    facts = [known["name"]] if known["name"] else []
+    facts.append(f"{known['items']:,} items")
+    facts += [f"{key} `{known[key]}`" for key in known if key.endswith("sha256")]
+    return f"- {'training' if part == 'data' else part}: {', '.join(facts)}"
+
+
+def _results(result: Mapping[str, Any]) -> list[str]:
+    best = dict(result.get("best epoch") or {})
+    if not best:
+        return []
+    epoch, phase = best.pop("epoch"), best.pop("phase")
+    best.pop("seconds", None)
+    where = "validation data, but for train_loss" if "loss" in best else "training data"
+    lines = [f"Epoch {epoch}, in the phase `{phase}`, on the {where}:", ""]
+    return lines + [f"- {name}: {_cell(value)}" for name, value in best.items()]

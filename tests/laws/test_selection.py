@@ -1,8 +1,9 @@
-"""Law 9: NaN is never the best, and the best weights are restored."""
+"""What a phase changes and what is kept; law 9: NaN is never best, best weights are restored."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -128,3 +129,58 @@ def test_a_best_epoch_after_a_phase_of_nan_is_restored_whole(monkeypatch):
     plan = [tk.finetune(2, lr=0.01), tk.linear_probe(2, lr=0.1, cache=False)]
     model, run, states = _fit(monkeypatch, [math.nan, math.nan, 0.5, 0.2], plan=plan)
     assert run.best["epoch"] == 3 and same(state_of(model), states[2])
+
+
+def _changed_in_each_phase(plan, make=tiny_convnet):
+    states, model = [], make()
+
+    def watched(self):
+        states.append(state_of(self.model))
+        return updates(self)
+
+    updates = engine.Training._epoch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Training, "_epoch", watched)
+        tk.fit(model, tk.classification(), some_images(8), plan=plan)
+    states.append(state_of(model))
+    return [
+        {name for name in before if not torch.equal(before[name], after[name])}
+        for before, after in pairwise(states)
+    ]
+
+
+def test_gradual_unfreezing_changes_one_more_layer_group_in_each_phase():
+    head, block, stem = _changed_in_each_phase(tk.gradual_unfreezing(3, lr=0.01))
+    first = {name.split(".")[0] for name in head}
+    assert first == {"head"}
+    assert {name.split(".")[0] for name in block} == {"head", "blocks"}
+    assert {name.split(".")[0] for name in stem} == {"head", "blocks", "stem"}
+    assert stem == set(tiny_convnet().state_dict())
+
+
+def test_a_phase_that_trains_biases_alone_changes_nothing_else():
+    bias = tk.finetune(1, lr=0.01, last=2, train=("blocks.*.bias", "head"))
+    (changed,) = _changed_in_each_phase([bias])
+    names = {"blocks.0.0.bias", "blocks.0.1.bias", "head.weight", "head.bias"}
+    statistics = {f"blocks.0.1.{part}" for part in
+                  ("running_mean", "running_var", "num_batches_tracked")}  # fmt: skip
+    assert changed == names | statistics  # its BatchNorm is trained, so it follows the batches
+    convolution = tk.finetune(1, lr=0.01, last=2, train=("blocks.0.0.bias", "head"))
+    (changed,) = _changed_in_each_phase([convolution])
+    assert changed == {"blocks.0.0.bias", "head.weight", "head.bias"}
+
+
+def test_what_is_trained_by_name_can_be_cached_below():
+    def weights(cache):
+        model = tiny_convnet()
+        phase = tk.finetune(2, lr=0.01, train=("blocks.0.*", "head.bias"), cache=cache)
+        tk.fit(model, tk.classification(), some_images(12), plan=phase, batch_size=4)
+        return state_of(model)
+
+    live, cached = weights(False), weights(True)
+    assert not same(live, state_of(tiny_convnet()))
+    for name, tensor in live.items():
+        assert torch.allclose(tensor.float(), cached[name].float(), atol=1e-5)
+    everywhere = tk.finetune(1, train="*.bias", cache=True)
+    with pytest.raises(ValueError, match="no features to cache"):
+        tk.fit(tiny_convnet(), tk.classification(), some_images(8), plan=everywhere)

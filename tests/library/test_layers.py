@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,17 @@ def test_both_sides_of_a_cut_give_the_whole(make, boundary):
     prefix, suffix = layers.split(model, boundary)
     inputs = torch.randn(6, 4)
     assert torch.equal(suffix(prefix(inputs)), model(inputs))
+
+
+def test_the_lower_side_of_a_cut_prepares_the_same_inputs():
+    model = _staged()
+    model.prepare = lambda split: tk.data.tensors(torch.tensor(split.inputs), split.labels)
+    split = SimpleNamespace(kind="features", inputs=[[1.0, 2.0, 3.0, 4.0]] * 3, labels=None)
+    lower, upper = layers.split(model, "head")
+    expected = tk.predict(model, split).logits
+    features = torch.from_numpy(tk.predict(lower, split).logits)
+    assert torch.equal(torch.from_numpy(tk.predict(upper, features).logits), torch.tensor(expected))
+    assert upper.prepare is None  # what it takes are features, not items
 
 
 @pytest.mark.parametrize("boundary", [0, 4, -1, "tail"])
