@@ -46,14 +46,17 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Undo, bit for bit, what happens to a model and to random generators inside the block.
 
     Restored are values, device and `requires_grad` of parameters and buffers, gradients, training
-    modes, and the generators of torch (on the CPU and on `device`), NumPy and Python. Parameters
-    that are frozen when it begins are not copied: no step of training writes them.
+    modes and other attributes of modules, and the generators of torch (on the CPU and on `device`),
+    NumPy and Python. Parameters that are frozen when it begins are not copied: no step of training
+    writes them.
     """
-    modules = [(m, m.training, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    modules = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
     parameters = list(model.parameters())
     gradients = [p.grad for p in parameters if p.grad is not None]
+    own = [value for _, attributes, *_ in modules for value in attributes.values()]
+    others = [value for value in own if isinstance(value, Tensor) and value.is_leaf]
     kept = []
-    for tensor in [*gradients, *parameters, *model.buffers()]:
+    for tensor in [*gradients, *parameters, *model.buffers(), *others]:
         moves = tensor.requires_grad or not isinstance(tensor, nn.Parameter)
         values = tensor.detach().clone() if moves else None
         kept.append((tensor, tensor.data, values, tensor.requires_grad, tensor.grad))
@@ -63,11 +66,11 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, mode, own_parameters, own_buffers in modules:
-            module.training = mode
-            module._parameters.update(own_parameters)
-            module._buffers.clear()  # a forward pass may have registered others
-            module._buffers.update(own_buffers)
+        for module, *before in modules:
+            now = (vars(module), module._parameters, module._buffers)
+            for names, own in zip(now, before, strict=True):
+                names.clear()  # a forward pass may have added to them
+                names.update(own)
         for tensor, place, values, trained, gradient in kept:
             tensor.data = place  # where it was, if the model was moved to another device
             if values is not None:
@@ -400,7 +403,7 @@ def lr_find(
         updates=(updates >= 10, "at least 10, such as 100"),
     )
     phase = finetune(1) if phase is None else phase
-    phase = replace(phase, schedule="constant", warmup=0.0, cache=False)
+    phase = replace(phase, schedule="constant", warmup=0.0, cache=False, epochs=updates)
     rates = np.geomspace(low, high, updates)
     with _rehearsed(model, objective, train, None, phase, settings) as training:
         training._enter(phase)
@@ -417,6 +420,7 @@ def _rise(training: engine.Training, ratios: np.ndarray) -> tuple[np.ndarray, np
         for part, peak in zip(training.optimizer.param_groups, peaks, strict=True):
             part["peak"] = peak * ratio
         training.step(micro)
+        training.state.update += 1
         training.state.total += 1  # so that each update draws a dropout of its own
         value = _take_loss(training) if losses else _first_loss(training, micro)
         if not math.isfinite(value):

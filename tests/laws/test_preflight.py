@@ -89,18 +89,23 @@ def test_a_look_that_fails_leaves_no_trace_either(monkeypatch):
         with torch.no_grad():
             self.model.head.weight.fill_(math.nan)
             self.model.register_buffer("left", torch.ones(1))
+            self.model.head.noted, self.model.head.added = 1, 1
+            self.model.head.remembered.add_(1.0)  # no buffer, but a tensor all the same
             self.model.stem[1].running_mean = torch.ones(6)  # another tensor, not other values
         raise RuntimeError("planned")
 
     step = engine.Training.step
     monkeypatch.setattr(engine.Training, "step", broken)
     model = tiny_convnet()
+    model.head.noted, model.head.remembered = 0, torch.zeros(2)
     before, plain = _whole_state(model)
     for look in (_check, _find):
         with pytest.raises(RuntimeError, match="planned"):
             look(model, tk.classification(), some_images(22))
         after, plain_after = _whole_state(model)
         assert same(before, after) and plain == plain_after
+        assert model.head.noted == 0 and not hasattr(model.head, "added")
+        assert torch.equal(model.head.remembered, torch.zeros(2))
 
 
 @pytest.mark.parametrize("make", [tiny_convnet, tiny_encoder])
@@ -345,7 +350,8 @@ def test_each_update_of_the_test_sees_the_batches_of_fit_and_a_dropout_of_its_ow
         seen, step = [], engine.Training.step
 
         def watched(self, micro):
-            seen.append(([batch.index.tolist() for batch in micro], self.state.total))
+            made = (self.state.update, self.state.total)
+            seen.append(([batch.index.tolist() for batch in micro], made))
             step(self, micro)
 
         with pytest.MonkeyPatch.context() as patch:
