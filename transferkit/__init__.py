@@ -18,6 +18,7 @@ _MODULES = (
     "data",
     "datasets",
     "devices",
+    "distributed",
     "engine",
     "figures",
     "layers",

@@ -25,13 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from transferkit import cache, checkpoint, data, devices, layers, optim, plan, show
+from transferkit import cache, checkpoint, data, devices, distributed, layers, optim, plan, show
 from transferkit.objectives import Loss, forward
 from transferkit.plan import Phase, check, require
 
 _LOOK_EVERY = 50  # updates between two looks at the losses: each look waits for the device
 _DECIDE_RESULT = (
     "monitor", "patience", "batch_size", "accumulate", "precision", "clip", "seed", "restore",
+    "ranks", "parallel",
 )  # fmt: skip
 
 
@@ -63,7 +64,8 @@ class Predictions:
 
 def _outputs(model, outputs, source, batch_size, autocast, device) -> tuple[Tensor, data.Batch]:
     # The outputs for the whole source, float32 on the host in the order of the items, and a batch
-    # that holds all labels. The modes of the modules are as before when it returns.
+    # that holds all labels. The modes of the modules are as before when it returns. Several ranks
+    # share the batches, and each gets everything.
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, but at least 1 is expected: try 64")
     modes = [(module, module.training) for module in model.modules()]
@@ -73,7 +75,7 @@ def _outputs(model, outputs, source, batch_size, autocast, device) -> tuple[Tens
     try:
         # not inference_mode: what a model caches now must serve in training later
         with torch.no_grad():
-            for batch in data.stream(source, batches, None, 0):
+            for batch in data.stream(source, distributed.share(batches), None, 0):
                 with autocast():
                     found.append(outputs(model, batch.to(device)).float())
                 labels.append(batch.labels)
@@ -81,7 +83,9 @@ def _outputs(model, outputs, source, batch_size, autocast, device) -> tuple[Tens
         for module, mode in modes:
             module.training = mode
     back = torch.from_numpy(np.argsort(np.concatenate(batches), kind="stable"))
-    known = None if labels[0] is None else torch.cat(labels)[back]
+    known, found = None, distributed.collect(found, len(batches))
+    if labels[0] is not None:
+        known = torch.cat(distributed.collect(labels, len(batches)))[back]
     everything = data.Batch({}, known, torch.arange(len(source)))
     return torch.cat(found).cpu()[back], everything
 
@@ -135,6 +139,7 @@ def evaluate(
 
 
 def _apply(model, outputs, items, batch_size, precision, device) -> tuple[Tensor, data.Batch]:
+    distributed.start()
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     device = devices.resolve_device(device)
@@ -167,8 +172,10 @@ class Training:
     def __init__(self, model, objective, train, validation, phases, metrics, settings, progress):
         self.model, self.objective, self.metrics = model, objective, metrics
         self.source, self.held_out = train, validation
-        self.phases, self.settings, self.progress = phases, settings, show.Bar(progress)
+        self.phases, self.settings = phases, settings
+        self.progress = show.Bar(progress if distributed.rank() == 0 else False)
         self.penalty = getattr(objective, "penalty", None)
+        self.parallel, self.idle = None, False  # of several ranks: how they train this phase
         self.autocast = devices.autocast(settings.device, settings.precision)
         higher = {m.__name__: getattr(m, "higher_is_better", True) for m in metrics}
         self.stopping = plan.Stopping(higher.get(settings.monitor, False), settings.patience)
@@ -178,8 +185,12 @@ class Training:
         self.whole = self.busy = self.stop = self.interrupted = False
         self.saved = self.started = time.monotonic()
         self.save_cost, self.best_file = 0.0, None
+        if settings.ranks > 1:
+            distributed.same_weights(model)
         if settings.directory is not None:
             self._resume()
+        if settings.ranks > 1:
+            self._compare()
 
     def run(self) -> None:
         """All phases that are not yet done."""
@@ -194,15 +205,16 @@ class Training:
         self.phase, self.checked, self.whole = phase, False, False
         self.optimizer = optim.build(phase, plan.select(phase, self.model, self.allowed))
         layers.apply_modes(self.model)
-        parts = [zip(g["names"], g["params"], strict=True) for g in self.optimizer.param_groups]
-        self.parameters = {name: parameter for part in parts for name, parameter in part}
+        self.parameters = optim.named(self.optimizer)
         self.live, self.train, self.validation = self.model, self.source, self.held_out
         if phase.cache:
             self._attach_cache()
-        checkpoint.fill_moments(self.model, self.optimizer, self.moments)
+        if self.settings.ranks > 1:
+            self._divide()
+        checkpoint.fill_moments(self.optimizer, self.moments)
         self.moments = {}
         batches = math.ceil(len(self.train) / self.settings.batch_size)
-        self.updates = phase.epochs * math.ceil(batches / self.settings.accumulate)
+        self.updates = phase.epochs * math.ceil(batches / self._share)
         self.progress.begin(phase.name, self.updates, self.state.update)
         if self.held_out is not None and self.settings.restore == "best":
             # What this phase moves and none before did still has the best epoch's value.
@@ -215,8 +227,22 @@ class Training:
         self.whole, self.busy = False, True
         yield
         self.whole, self.busy = True, False
-        if self.stop:
+        if self.stop and self.settings.ranks == 1:  # several stop together, between two steps
             raise KeyboardInterrupt
+
+    @property
+    def _share(self) -> int:  # the batches of one step
+        return self.settings.accumulate * self.settings.ranks
+
+    def _divide(self) -> None:
+        # Of several ranks: what depends on the phase.
+        settings = self.settings
+        kind = distributed.Shards if settings.parallel == "fsdp" else distributed.Replicas
+        self.parallel = kind(self.model, self.live, self.objective, self.optimizer)
+        self.live, self.parameters = self.parallel.live, self.parallel.parameters
+        self.penalty = self.parallel.penalty
+        first = self.train.fetch(self._order()[0], self.state.epoch, settings.seed)
+        self.parallel.rehearse(first.to(settings.device), self.autocast)
 
     def _attach_cache(self) -> None:
         cache.refuse(self.objective, self.model, self.source)
@@ -239,6 +265,8 @@ class Training:
 
     def _moving(self) -> dict[str, Tensor]:
         # What training changes in this phase: parameters, and buffers of modules in train mode.
+        if self.parallel is not None:
+            self.parallel.gather()
         names = set(self.parameters)
         for path, module in self.model.named_modules():
             if module.training:
@@ -247,6 +275,9 @@ class Training:
 
     def _leave(self) -> None:
         with self._undivided(), torch.no_grad():
+            if self.parallel is not None:
+                self.parallel.gather()
+                self._unite()
             own, state = checkpoint.tensors_of(self.model), self.state
             for name, tensor in self.best.items():
                 own[name].copy_(tensor)
@@ -255,31 +286,41 @@ class Training:
             self.stopping.phase_best, self.stopping.waited = None, 0  # of the phase that is done
         self._save()
 
+    def _unite(self) -> None:
+        # The end of what `_divide` began, with the weights as they were gathered last.
+        self.parallel.close()
+        self.live, self.parallel = self.model, None
+
     def _epoch(self) -> None:
         state, settings = self.state, self.settings
         self.started = time.monotonic()
-        batches = self._order()[state.batch :]
+        order = self._order()
+        batches = distributed.share(order[state.batch :])
         how = (settings.seed, settings.workers, settings.device.type == "cuda")
         stream = data.stream(self.train, batches, state.epoch, *how)
         while micro := list(islice(stream, settings.accumulate)):
+            drawn = state.batch + len(micro) * settings.ranks
+            self.idle = drawn - settings.ranks + settings.rank >= len(order)
             with self._undivided():
                 self.step(micro)
-                state.batch += len(micro)
+                state.batch = drawn if drawn < len(order) else len(order)
                 state.update += 1
                 state.total += 1
             self._between_steps()
         self._look()
         row = {"epoch": state.epoch + 1, "phase": self.phase.name, "train_loss": self._mean_loss()}
         if self.validation is not None:
-            size, outputs = max(64, settings.batch_size), self.objective.outputs
-            where = (size, self.autocast, settings.device)
+            outputs = (self.objective if self.parallel is None else self.parallel).outputs
+            where = (max(64, settings.batch_size), self.autocast, settings.device)
             found = _outputs(self.live, outputs, self.validation, *where)
             row |= _scores(self.objective, self.metrics, *found)
         row["seconds"] = state.seconds + time.monotonic() - self.started
+        row = distributed.of_first(row)
         with self._undivided():
             self._close_epoch(row)
         # At most a tenth of the time goes into storing what short epochs did.
-        if time.monotonic() - self.saved >= min(settings.save_every, 10 * self.save_cost):
+        due = time.monotonic() - self.saved >= min(settings.save_every, 10 * self.save_cost)
+        if any(distributed.agree(due)):
             self._save()
 
     def _order(self) -> list[np.ndarray]:
@@ -303,20 +344,27 @@ class Training:
 
         Nothing in here reads a value back from the device: no loss is looked at, and no norm.
         """
-        state, phase, device = self.state, self.phase, self.settings.device
+        state, phase, settings = self.state, self.phase, self.settings
+        device, parallel, counts = settings.device, self.parallel, None
         scale = optim.factor(phase.schedule, state.update, self.updates, phase.warmup)
         optim.set_rates(self.optimizer, scale)
         micro = [batch.to(device) for batch in micro]
-        counts = None
-        if len(micro) > 1:
+        if parallel is not None:
+            counts = distributed.counts(self.objective, micro, self.idle, device)
+        elif len(micro) > 1:
             # The divisor of the whole step, known before the first backward: so each micro-batch
             # adds its share of the one mean, whatever the sizes.
             counts = tuple(map(sum, zip(*map(self.objective.counts, micro), strict=True)))
         for part, batch in enumerate(micro):
             # the negative number keeps it apart from the augmentation of any item
-            devices.seed_dropout(device, data.mix(self.settings.seed, state.total, -1 - part))
+            place = part * settings.ranks + settings.rank
+            devices.seed_dropout(device, data.mix(settings.seed, state.total, -1 - place))
             with self.autocast():
-                loss = self.objective(self.live, batch)
+                if parallel is None:
+                    loss = self.objective(self.live, batch)
+                else:
+                    last = part + 1 == len(micro)
+                    loss = parallel.loss(batch, last, last and self.idle)
             value = loss.mean(counts)
             if self.penalty is not None and part == 0:
                 value = value + self.penalty(self.model)
@@ -327,18 +375,19 @@ class Training:
                 )
             value.backward()
             self.losses.append((state.total, loss.detach()))
+        if parallel is not None:
+            parallel.finish(self.idle)
         if not self.checked:
             self._name_unreached()
-        if self.settings.clip is not None:
-            parameters = self.parameters.values()
-            nn.utils.clip_grad_norm_(parameters, self.settings.clip, foreach=True)
+        if settings.clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _name_unreached(self) -> None:
         self.checked = True
         names = [name for name, p in self.parameters.items() if p.grad is None]
-        if names:
+        if names and distributed.rank() == 0:
             few = f"{len(names)} trainable parameters, the first {', '.join(names[:5])}"
             what = f"the objective does not reach {few}: freeze them, or use their output"
             warnings.warn(what, stacklevel=2)
@@ -347,7 +396,12 @@ class Training:
         if len(self.losses) >= _LOOK_EVERY:
             self._look()
         self.progress.advance()
-        if time.monotonic() - self.saved >= self.settings.save_every:
+        due = time.monotonic() - self.saved >= self.settings.save_every
+        if self.settings.ranks > 1:
+            self.stop, due = distributed.agree(self.stop, due)
+            if self.stop:
+                raise KeyboardInterrupt
+        if due:
             self._save()
 
     def _look(self) -> None:
@@ -356,15 +410,16 @@ class Training:
             return
         state, (_, last) = self.state, self.losses[-1]
         columns = zip(*(loss.totals + loss.counts for _, loss in self.losses), strict=True)
-        rows = zip(*map(_read, columns), strict=True)
+        rows = distributed.add_up(list(zip(*map(_read, columns), strict=True)))
         for (update, _), row in zip(self.losses, rows, strict=True):
             if not all(map(math.isfinite, row)):
                 self._fail(update, "the loss became NaN or infinite")
             state.sums = [a + b for a, b in zip(state.sums or [0.0] * len(row), row, strict=True)]
         state.weights = [float(weight) for weight in last.weights]
         self.losses.clear()
-        norms = torch._foreach_norm([parameter.detach() for parameter in self.parameters.values()])
-        if not math.isfinite(torch.stack(norms).sum().item()):
+        weights = [distributed.local(parameter.detach()) for parameter in self.parameters.values()]
+        norms = torch._foreach_norm(weights)
+        if not math.isfinite(distributed.add_up(torch.stack(norms).sum().item())):
             self._fail(state.total - 1, "the weights became NaN or infinite")
 
     def _mean_loss(self) -> float:
@@ -375,9 +430,9 @@ class Training:
     def _fail(self, update: int, what: str) -> None:
         # The order is a function of (seed, epoch): the batches of that update are drawn again.
         state, settings, bad = self.state, self.settings, []
-        start = math.ceil(state.batch / settings.accumulate) - (state.total - update)
-        start *= settings.accumulate
-        for items in self._order()[start : start + settings.accumulate]:
+        start = math.ceil(state.batch / self._share) - (state.total - update)
+        start *= self._share
+        for items in self._order()[start : start + self._share]:
             batch = self.train.fetch(items, state.epoch, settings.seed)
             inputs = batch.inputs
             for tensor in inputs.values() if isinstance(inputs, dict) else [inputs]:
@@ -405,6 +460,14 @@ class Training:
             "weights": checkpoint.weights_hash(tensors),
         }
 
+    def _compare(self) -> None:
+        # That every rank trains the same; where a state was read, also that all read the same.
+        about = {"plan": [asdict(phase) for phase in self.phases], "data": len(self.source)}
+        about |= {name: getattr(self.settings, name) for name in _DECIDE_RESULT}
+        if self.settings.directory is not None:
+            about |= self.identity | {"state": asdict(self.state)}
+        distributed.alike(about)
+
     def _content(self, source: data.Source | None) -> list | None:
         if source is None:
             return None
@@ -415,6 +478,8 @@ class Training:
         if self.settings.directory is None:
             return
         self._look()  # a state with NaN is never stored
+        if self.parallel is not None:
+            self.parallel.gather()
         state, now = self.state, time.monotonic()
         state.seconds, self.started = state.seconds + now - self.started, now
         about = {"state": asdict(state), "stopping": asdict(self.stopping)}
@@ -453,7 +518,7 @@ def _interruptible(training: Training) -> Iterator[None]:
         return
 
     def stop(*_: Any) -> None:
-        if training.stop or not training.busy:
+        if training.settings.ranks == 1 and (training.stop or not training.busy):
             raise KeyboardInterrupt
         training.stop = True
 
@@ -509,7 +574,10 @@ class Run:
         """Write the model so that `transferkit.load(directory)` gives it back."""
         names = [phase.name for phase in self.plan]
         result = {"best epoch": self.best, "plan": names, "seed": self.settings.seed}
-        return checkpoint.save_model(directory, self.model, result)
+        if distributed.rank() == 0:
+            checkpoint.save_model(directory, self.model, result)
+        distributed.wait()
+        return Path(directory)
 
 
 def fit(
@@ -519,8 +587,12 @@ def fit(
     precision: str = "auto", clip: float | None = 1.0, seed: int = 0, restore: str = "best",
     directory: str | Path | None = None, save_every: float = 60.0, workers: int = 0,
     progress: bool | None = None, device: str | torch.device = "auto",
+    parallel: str | None = None,
 ) -> Run:  # fmt: skip
     """Train a model by a plan of phases. It is changed in place and ends in eval mode.
+
+    Started by `torchrun --nproc-per-node=N`, N processes train it together; each must make the same
+    calls of `fit`, `evaluate` and `predict`, and gets the same results. See `distributed`.
 
     Args:
         objective: what is minimised, such as `classification()`.
@@ -529,7 +601,8 @@ def fit(
         metrics, monitor: functions of logits and labels; the name of the one (the first), or
             "loss", that chooses the best epoch.
         patience: epochs of a phase without improvement after which it ends.
-        batch_size, accumulate: items in a batch, and batches in an update.
+        batch_size, accumulate: items in a batch, and batches in an update (on each of several
+            ranks: an update of N ranks sees N times as many).
         precision: "fp32", "bf16", or "auto": see `devices.resolve_precision`.
         clip: the largest norm of the gradient.
         restore: "best" gives the model the weights of the best epoch, "last" leaves the last.
@@ -537,12 +610,15 @@ def fit(
             seconds pass between two states within an epoch.
         workers: processes that fetch batches; they change nothing but speed.
         progress: whether to show a bar; by default where somebody looks.
+        parallel: with several ranks, "ddp" (the default) keeps the whole model on each, "fsdp"
+            divides weights, gradients and moments among them; a single process needs neither.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names the remedy.
         FloatingPointError: the loss became NaN or infinite; the message names the update.
     """
     given = dict(locals())
+    distributed.start()
     return _conduct(_prepare(**given))
 
 
@@ -559,15 +635,19 @@ def _prepare(model, objective, train, validation, plan, metrics, progress, **giv
         patience=(limits[1], "at least 1, or None"),
         restore=(given.restore in ("best", "last"), "'best' or 'last'"),
         monitor=(given.monitor in known, f"one of {known}, or add the metric to metrics=[...]"),
+        parallel=(given.parallel in (None, "ddp", "fsdp"), "None, 'ddp' or 'fsdp'"),
     )
     if validation is None and given.patience is not None:
         raise ValueError("patience needs validation data to watch: pass some, or leave it out")
+    given.ranks, given.rank = distributed.ranks(), distributed.rank()
+    given.parallel = (given.parallel or "ddp") if given.ranks > 1 else None
     additive = getattr(objective, "additive", False) and hasattr(objective, "counts")
-    if given.accumulate > 1 and not additive:
+    if given.accumulate * given.ranks > 1 and not additive:
         raise ValueError(
-            f"accumulate is {given.accumulate}, but the objective {type(objective).__name__} "
-            "couples the items of a batch (additive is False) or has no counts(batch): parts of a "
-            "batch would give another gradient; use accumulate=1 with a larger batch_size"
+            f"accumulate is {given.accumulate} on {given.ranks} ranks, but the objective "
+            f"{type(objective).__name__} couples the items of a batch (additive is False) or has "
+            "no counts(batch): parts of a batch would give another gradient; use accumulate=1 "
+            "with a larger batch_size, in a single process"
         )
     given.device = devices.resolve_device(given.device)
     given.precision = devices.resolve_precision(given.precision, given.device)
@@ -602,13 +682,18 @@ def _conduct(training: Training) -> Run:
     except KeyboardInterrupt:
         training.interrupted = True
         if training.whole:  # else something is half done, and the last stored state stands
+            if training.parallel is not None:
+                training.parallel.gather()
             training._save()
         after = "pass directory=... to be able to resume"
         if directory is not None:
             after = f"call fit again to resume from {directory}"
-        print(f"interrupted after {training.state.total} updates: {after}")
+        if distributed.rank() == 0:
+            print(f"interrupted after {training.state.total} updates: {after}")
     finally:
         training.progress.close()
+        if training.parallel is not None:
+            training._unite()
         for name, parameter in training.model.named_parameters():
             parameter.requires_grad_(name in training.allowed)
             parameter.grad = None
