@@ -73,11 +73,11 @@ def texts(ranks: int, parallel: str | None) -> tuple[nn.Module, tk.Run]:
 
 def pictures(parallel: str, directory: Path | None = None, workers: int = 0):
     """Two phases with dropout, BatchNorm, augmentation and AdamW; the last step is ragged."""
-    plan = [tk.linear_probe(2, lr=0.02, cache=False), tk.finetune(2, lr=0.01, layer_decay=0.5)]
+    plan = [tk.linear_probe(2, lr=0.02, cache=False), tk.finetune(2, lr=0.03, layer_decay=0.8)]
     model, data = tiny_convnet(), some_images(26, noisy_flip)
     run = tk.fit(
-        model, tk.classification(), data, some_images(10, seed=1), plan=plan, batch_size=3,
-        metrics=[tk.accuracy], accumulate=1, parallel=parallel, directory=directory,
+        model, tk.classification(), data, some_images(26), plan=plan, batch_size=3,
+        metrics=[tk.accuracy], monitor="loss", parallel=parallel, directory=directory,
         workers=workers, save_every=0.0,
     )  # fmt: skip
     return model, run
@@ -104,12 +104,14 @@ class _Broken(nn.Linear):
 
 
 class _Spare(nn.Module):
-    def __init__(self):
+    # a layer that only the first so many forward passes use
+    def __init__(self, uses: int = 0):
         super().__init__()
-        self.used, self.spare = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.used, self.spare, self.uses = nn.Linear(4, 3), nn.Linear(4, 3), uses
 
     def forward(self, inputs):
-        return self.used(inputs)
+        self.uses -= self.training
+        return self.used(inputs) + (self.spare(inputs) if self.uses >= 0 else 0)
 
 
 def laws(folder: Path) -> None:
@@ -130,6 +132,15 @@ def laws(folder: Path) -> None:
         found[f"labels-{count}-{size}"] = torch.from_numpy(made.labels)
     data, scores = some_texts(9), [tk.accuracy, tk.macro_f1]
     keep(folder, "predict", found, scores=tk.evaluate(model, tk.classification(), data, scores, 2))
+    for parallel in PARALLEL:
+        model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+        plan = [tk.finetune(1)]
+        tk.fit(model, tk.classification(), numbers(9), plan=plan, batch_size=3, parallel=parallel)
+        keep(folder, f"normalised-{parallel}", model)
+    for kind in (torch.bool, torch.bfloat16, torch.int64):  # as many rows as the batch's number
+        parts = [torch.full((number, 2), number, dtype=kind) for number in range(1, 6)]
+        made = distributed.collect(list(distributed.share(parts)), 5)
+        assert all(map(torch.equal, made, parts))
     refusals(folder)
 
 
@@ -148,6 +159,7 @@ def refusals(folder: Path) -> None:
     told["nan"] = _message(FloatingPointError, lambda: fit(line(_Broken)))
     own = numbers(12 + distributed.rank())
     told["differ"] = _message(ValueError, lambda: fit(line(), given=own))
+    told["sometimes"] = _message(RuntimeError, lambda: fit(line(lambda *_: _Spare(2))))
     told["parallel"] = _message(ValueError, lambda: fit(line(), parallel="horovod"))
     for parallel in PARALLEL:
         with warnings.catch_warnings(record=True) as caught:
@@ -201,23 +213,22 @@ def resume(folder: Path) -> None:
             keep(folder, f"{updates}-{parallel}", *pictures(parallel, directory, workers=stop))
 
 
-def slow(folder: Path, parallel: str) -> None:
-    """A run that says when it stores its state, to be killed."""
+def slow(folder: Path) -> None:
+    """A run that says when it stores its state, so that it can be killed."""
     save = checkpoint.save_run
 
     def told(*arguments):
-        print("saving", os.getpid(), flush=True)
+        os.write(1, f"saving {os.getpid()}\n".encode())  # whole, whoever else writes
         time.sleep(0.03)
         save(*arguments)
 
     checkpoint.save_run = told
-    pictures(parallel, folder / f"killed-{parallel}")
+    pictures("fsdp", folder / "killed")
 
 
 def go_on(folder: Path) -> None:
-    """The killed runs to their end, with worker processes; then one rank fails."""
-    for parallel in PARALLEL:
-        keep(folder, f"revived-{parallel}", *pictures(parallel, folder / f"killed-{parallel}", 1))
+    """The killed run to its end, with worker processes; then one rank fails."""
+    keep(folder, "revived", *pictures("fsdp", folder / "killed", 1))
     if distributed.rank() == 1:
         raise PowerCut("a rank that fails alone")
     pictures("ddp")
@@ -226,6 +237,4 @@ def go_on(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.start()
-    {"laws": laws, "resume": resume, "slow": slow, "go_on": go_on}[sys.argv[1]](
-        Path(sys.argv[2]), *sys.argv[3:]
-    )
+    {"laws": laws, "resume": resume, "slow": slow, "go_on": go_on}[sys.argv[1]](Path(sys.argv[2]))
