@@ -36,7 +36,7 @@ def start() -> None:
 
     Tensors of the host travel by gloo, those of NVIDIA GPUs by NCCL; the rank's GPU becomes the
     current one. Nothing happens without torchrun, in a single process, or where the script has made
-    a process group. The group ends with the process.
+    a process group, which must carry tensors of the host, too. The group ends with the process.
 
     Raises:
         ValueError: there are more processes on this machine than GPUs.
@@ -375,9 +375,17 @@ class Shards(_Parallel):
     that holds parameters must be used by calling it. The optimizer's parameters are replaced.
 
     A penalty on parameters sees them whole: they are gathered once a step for it.
+
+    Raises:
+        ValueError: two modules share a parameter, which the units would part.
     """
 
     def __init__(self, model, live, objective, optimizer):
+        if len(list(live.parameters())) < len(list(live.named_parameters(remove_duplicate=False))):
+            raise ValueError(
+                "the model uses a parameter in two places, and parallel='fsdp' would make two of "
+                "it: use parallel='ddp'"
+            )
         self.plain, self.device = live, next(live.parameters()).device
         self.whole_penalty = getattr(objective, "penalty", None)
         if self.whole_penalty is None:

@@ -462,11 +462,8 @@ class Training:
 
     def _compare(self) -> None:
         # That every rank trains the same; where a state was read, also that all read the same.
-        about = {"plan": [asdict(phase) for phase in self.phases], "data": len(self.source)}
-        about |= {name: getattr(self.settings, name) for name in _DECIDE_RESULT}
-        if self.settings.directory is not None:
-            about |= self.identity | {"state": asdict(self.state)}
-        distributed.alike(about)
+        identity = self._identity() if self.settings.directory is None else self.identity
+        distributed.alike(identity | {"state": asdict(self.state)})
 
     def _content(self, source: data.Source | None) -> list | None:
         if source is None:
@@ -571,13 +568,12 @@ class Run:
         return predict(self.model, data, batch_size, precision=self.settings.precision)
 
     def save(self, directory: str | Path) -> Path:
-        """Write the model so that `transferkit.load(directory)` gives it back."""
+        """Write the model so that `transferkit.load(directory)` gives it back; rank 0 does."""
         names = [phase.name for phase in self.plan]
         result = {"best epoch": self.best, "plan": names, "seed": self.settings.seed}
-        if distributed.rank() == 0:
-            checkpoint.save_model(directory, self.model, result)
-        distributed.wait()
-        return Path(directory)
+        if distributed.rank() > 0:
+            return Path(directory)
+        return checkpoint.save_model(directory, self.model, result)
 
 
 def fit(

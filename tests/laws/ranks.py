@@ -160,6 +160,9 @@ def refusals(folder: Path) -> None:
     own = numbers(12 + distributed.rank())
     told["differ"] = _message(ValueError, lambda: fit(line(), given=own))
     told["sometimes"] = _message(RuntimeError, lambda: fit(line(lambda *_: _Spare(2))))
+    tied = line()
+    tied = nn.Sequential(tied, nn.Tanh(), nn.Linear(3, 4), tied)
+    told["shared"] = _message(ValueError, lambda: fit(tied.double(), parallel="fsdp"))
     told["parallel"] = _message(ValueError, lambda: fit(line(), parallel="horovod"))
     for parallel in PARALLEL:
         with warnings.catch_warnings(record=True) as caught:

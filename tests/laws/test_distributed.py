@@ -38,7 +38,7 @@ def _start(many: int, *arguments: object, cache: Path) -> subprocess.Popen:
 
 def _run(many: int, chapter: str, folder: Path) -> None:
     process = _start(many, chapter, folder, cache=folder / "cache")
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=540)
     assert process.returncode == 0, (out + err)[-4000:]
 
 
@@ -139,7 +139,8 @@ def test_what_is_refused_or_warned_of_is_said_with_its_remedy(two_ranks):
     first, second = (_read(two_ranks, "refusals", rank)[1]["told"] for rank in (0, 1))
     assert "2 ranks" in first["coupled"] and "in a single process" in first["coupled"]
     assert "the loss became NaN" in first["nan"] and "update 1 " in first["nan"]
-    assert "differ in data (12 on rank 0, 13 on rank 1)" in first["differ"]
+    assert "differ in data ([12, " in first["differ"]
+    assert "two places" in first["shared"] and "parallel='ddp'" in first["shared"]
     assert "reaches spare.weight with some batches and not with others" in first["sometimes"]
     assert "parallel is 'horovod': give None, 'ddp' or 'fsdp'" in first["parallel"]
     for parallel in ranks.PARALLEL:
@@ -178,7 +179,7 @@ def test_kill_9_of_all_ranks_then_resume_and_a_rank_that_fails_ends_all(two_rank
     process.communicate()
     assert 0 < checkpoint.read(tmp_path / "killed" / checkpoint.LAST)[1]["state"]["total"] < 20
     process = _start(2, "go_on", tmp_path, cache=tmp_path / "cache")
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=540)
     whole, about = _read(two_ranks, "pictures-fsdp")
     for rank in (0, 1):
         state, found = _read(tmp_path, "revived", rank)
