@@ -19,6 +19,7 @@ _MODULES = (
     "data",
     "datasets",
     "devices",
+    "distributed",
     "engine",
     "figures",
     "layers",

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from transferkit import checkpoint, data, layers
+from transferkit import checkpoint, data, distributed, layers
 
 _FORMAT = 3
 _KEPT_AS = {torch.bfloat16: torch.int16}  # numpy has no such type: its bits are kept
@@ -158,7 +158,7 @@ def cached(
         features = Features(fill[0], source, views, _fill(*fill))
         weakref.finalize(features, scratch.cleanup)
         return features
-    with scratch:
+    with scratch, distributed.in_turn():  # the other ranks find what the first one made
         drawn = (views, seed if augmented and views > 1 else 0)
         made_by = (_FORMAT, torch.__version__, about, repr(prefix))
         key = data.content_hash(made_by, *_says(prefix, source, compute), content, drawn)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from transferkit import __version__, show
+from transferkit import __version__, distributed, optim, show
 from transferkit.data import content_hash
 
 FORMAT = 2
@@ -124,27 +124,27 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, about
 
 
-def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors, as `name of the parameter @ name of the moment`."""
-    states = [(n, optimizer.state.get(p, {})) for n, p in model.named_parameters()]
-    return {f"{name}@{kind}": value for name, state in states for kind, value in state.items()
-            if isinstance(value, Tensor)}  # fmt: skip
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors, whole, as `name of the parameter @ name of the moment`."""
+    states = [(n, optimizer.state.get(p, {})) for n, p in optim.named(optimizer).items()]
+    return {f"{name}@{kind}": distributed.whole(value) for name, state in states
+            for kind, value in state.items() if isinstance(value, Tensor)}  # fmt: skip
 
 
-def fill_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping) -> None:
+def fill_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Give a new optimizer the tensors that `moments` returned."""
-    parameters = dict(model.named_parameters())
+    parameters = optim.named(optimizer)
     for key, value in tensors.items():
         name, kind = key.rsplit("@", 1)
         # the step count of the fused kernels, too, lives where the parameter does
-        optimizer.state[parameters[name]][kind] = value.to(parameters[name].device)
+        optimizer.state[parameters[name]][kind] = distributed.divided_like(value, parameters[name])
 
 
 def save_run(
     directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None,
     about: Mapping[str, Any], best: Mapping[str, Tensor], average: Mapping[str, Tensor],
 ) -> None:  # fmt: skip
-    """Store a run's state so that it can go on from here.
+    """Store a run's state so that it can go on from here. Of several ranks the first one writes.
 
     Args:
         about: counters, history, and what identifies the run. `about["best_file"]` names the file
@@ -153,17 +153,18 @@ def save_run(
         average: the moving averages of the parameters, empty if there are none.
     """
     best_file = about.get("best_file")
-    if best:
-        write(directory / best_file, best, {"labels": about["labels"]})
     tensors = {f"model/{name}": tensor for name, tensor in tensors_of(model).items()}
     if optimizer is not None:
-        found = moments(model, optimizer)
-        tensors |= {f"moments/{name}": tensor for name, tensor in found.items()}
+        tensors |= {f"moments/{name}": tensor for name, tensor in moments(optimizer).items()}
     tensors |= {f"average/{name}": tensor for name, tensor in average.items()}
-    write(directory / LAST, tensors, about)
-    for path in directory.glob("best-*.safetensors"):
-        if path.name != best_file:
-            path.unlink(missing_ok=True)
+    if distributed.rank() == 0:
+        if best:
+            write(directory / best_file, best, {"labels": about["labels"]})
+        write(directory / LAST, tensors, about)
+        for path in directory.glob("best-*.safetensors"):
+            if path.name != best_file:
+                path.unlink(missing_ok=True)
+    distributed.wait()  # whoever reads next finds it
 
 
 def load_run(directory: Path, identity: Mapping[str, Any]) -> tuple[dict, ...] | None:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from transferkit import cache, checkpoint, data, devices, layers, optim, plan, show
+from transferkit import cache, checkpoint, data, devices, distributed, layers, optim, plan, show
 from transferkit.objectives import Loss, forward
 from transferkit.objectives import check as check_parts
 from transferkit.plan import Phase, check, real, require, whole
@@ -35,7 +35,7 @@ _LOOK_EVERY = 50  # updates between two looks at the losses: each look waits for
 _SMALLEST_SCALE = 2.0**-20  # of the loss in fp16: 36 updates have been skipped in a row
 _DECIDE_RESULT = (
     "monitor", "patience", "batch_size", "accumulate", "precision", "clip", "seed", "restore",
-    "ema",
+    "ema", "ranks", "parallel",
 )  # fmt: skip
 
 
@@ -98,36 +98,41 @@ def _batches(source: data.Source, batch_size: int) -> list[np.ndarray]:
 def _outputs(model, outputs, source, batch_size, autocast, device):
     # The outputs for the whole source, float32 on the host in the order of the items, and a batch
     # that holds all labels. Outputs, and labels, for each token are a list with a tensor an item.
+    # Several ranks share the batches, and each gets everything.
     batches, found, labels = _batches(source, batch_size), [], []
+    own = distributed.share(batches)
     with _inference(model):
-        for batch in data.stream(source, batches, None, 0):
+        for batch in data.stream(source, own, None, 0):
             with autocast():
                 found.append(outputs(model, batch.to(device)).float())
             labels.append(batch.labels)
-    # the first batch holds the longest item
-    longest = None if source.lengths is None else source.lengths.max()
-    by_token = found[0].dim() > 2 and found[0].shape[1] == longest
+    lengths = None
+    if source.lengths is not None and all(
+        part.dim() > 2 and part.shape[1] == source.lengths[items].max()
+        for part, items in zip(found, own, strict=True)
+    ):
+        lengths = source.lengths
     known = None
     if labels[0] is not None:
-        also = by_token and labels[0].shape == found[0].shape[:2]
-        known = _joined(labels, batches, source.lengths if also else None)
-    found = _joined(found, batches, source.lengths if by_token else None)
-    return found, data.Batch({}, known, torch.arange(len(source)))
+        by_token = labels[0].shape == found[0].shape[:2]
+        known = _joined(labels, batches, lengths if by_token else None)
+    return _joined(found, batches, lengths), data.Batch({}, known, torch.arange(len(source)))
 
 
 def _joined(parts: list[Tensor], batches: list[np.ndarray], lengths: np.ndarray | None):
     # In the order of the items: one tensor or, with lengths, for each item its own tokens.
     back = np.argsort(np.concatenate(batches), kind="stable")
-    if lengths is not None:
-        rows = [row for part in parts for row in part.cpu()]
-        return [rows[at][:length] for at, length in zip(back, lengths, strict=True)]
     shapes = sorted({tuple(part.shape[1:]) for part in parts})
-    if len(shapes) > 1:
+    if len(shapes) > 1 and lengths is None:
         raise ValueError(
             f"the batches have items of the shapes {shapes[0]} and {shapes[1]}, which cannot be "
             "put together: give the source `lengths`, or let the model return one row an item"
         )
-    return torch.cat(parts).cpu()[torch.from_numpy(back)]
+    parts = distributed.collect(parts, len(batches), None if lengths is None else lengths.max())
+    if lengths is None:
+        return torch.cat(parts).cpu()[torch.from_numpy(back)]
+    rows = [row for part in parts for row in part.cpu()]
+    return [rows[at][:length] for at, length in zip(back, lengths, strict=True)]
 
 
 def _scores(objective, metrics, outputs: Tensor, batch: data.Batch) -> dict[str, float]:
@@ -144,18 +149,19 @@ def _scores(objective, metrics, outputs: Tensor, batch: data.Batch) -> dict[str,
     return scores | {metric.__name__: float(metric(logits, labels)) for metric in metrics}
 
 
-def _streamed_scores(objective, metrics, model, source, batch_size, autocast, device):
+def _streamed_scores(objective, outputs, metrics, model, source, batch_size, autocast, device):
     # Batch by batch, for outputs that are not one row an item and too many to keep. Every item is
-    # asked for its own rows, so that metrics see them in the order of the items.
+    # asked for its own rows, so that metrics see them in the order of the items. Of several ranks
+    # each does all of it.
     losses, rows = [], {}
     with _inference(model):
         for batch in data.stream(source, _batches(source, batch_size), None, 0):
             batch = batch.to(device)
             with autocast():
-                outputs = objective.outputs(model, batch)
-            losses.append(objective.loss(outputs, batch))
+                found = outputs(model, batch)
+            losses.append(objective.loss(found, batch))
             for at, item in enumerate(batch.index.tolist() if metrics else ()):
-                scored = objective.scored(outputs[at : at + 1], batch.item(at))
+                scored = objective.scored(found[at : at + 1], batch.item(at))
                 rows[item] = [part.cpu() for part in scored]
     columns = zip(*(loss.totals + loss.counts for loss in losses), strict=True)
     sums = [math.fsum(_read(column)) for column in columns]
@@ -166,10 +172,10 @@ def _streamed_scores(objective, metrics, model, source, batch_size, autocast, de
     return scores | {metric.__name__: float(metric(logits, labels)) for metric in metrics}
 
 
-def _evaluated(objective, metrics, model, *where) -> dict[str, float]:
+def _evaluated(objective, outputs, metrics, model, *where) -> dict[str, float]:
     if hasattr(objective, "scored"):
-        return _streamed_scores(objective, metrics, model, *where)
-    return _scores(objective, metrics, *_outputs(model, objective.outputs, *where))
+        return _streamed_scores(objective, outputs, metrics, model, *where)
+    return _scores(objective, metrics, *_outputs(model, outputs, *where))
 
 
 def predict(
@@ -218,11 +224,12 @@ def evaluate(
     """
     check_parts(model, objective)
     where = _where(model, data, batch_size, precision, device)
-    return _evaluated(objective, _functions(metrics), model, *where)
+    return _evaluated(objective, objective.outputs, _functions(metrics), model, *where)
 
 
 def _where(model, items, batch_size, precision, device) -> tuple:
     # What `_outputs` and `_streamed_scores` ask for after the model.
+    distributed.start()
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     device = devices.resolve_device(device)
@@ -257,8 +264,10 @@ class Training:
     def __init__(self, model, objective, train, validation, phases, metrics, settings, progress):
         self.model, self.objective, self.metrics = model, objective, metrics
         self.source, self.held_out = train, validation
-        self.phases, self.settings, self.progress = phases, settings, show.Bar(progress)
+        self.phases, self.settings = phases, settings
+        self.progress = show.Bar(progress if distributed.rank() == 0 else False)
         self.penalty = getattr(objective, "penalty", None)
+        self.parallel, self.idle = None, False  # of several ranks: how they train this phase
         self.autocast = devices.autocast(settings.device, settings.precision)
         higher = {m.__name__: getattr(m, "higher_is_better", True) for m in metrics}
         self.stopping = plan.Stopping(higher.get(settings.monitor, False), settings.patience)
@@ -271,8 +280,12 @@ class Training:
         self.whole = self.busy = self.stop = self.interrupted = False
         self.saved = self.started = time.monotonic()
         self.save_cost, self.best_file = 0.0, None
+        if settings.ranks > 1:
+            distributed.same_weights(model)
         if settings.directory is not None:
             self._resume()
+        if settings.ranks > 1:
+            self._compare()
 
     def run(self) -> None:
         """All phases that are not yet done."""
@@ -287,12 +300,13 @@ class Training:
         self.phase, self.checked, self.whole = phase, False, False
         self.optimizer = plan.begin(phase, self.model, self.allowed)
         layers.apply_modes(self.model)
-        parts = [zip(g["names"], g["params"], strict=True) for g in self.optimizer.param_groups]
-        self.parameters = {name: parameter for part in parts for name, parameter in part}
+        self.parameters = optim.named(self.optimizer)
         self.live, self.train, self.validation = self.model, self.source, self.held_out
         if phase.cache:
             self._attach_cache()
         self._wrap()
+        if self.settings.ranks > 1:
+            self._divide()
         self.updates = phase.epochs * _updates(len(self.train), self.settings)
         if len(self.state.starts) == self.state.phase:
             self.state.starts.append(self.state.epoch - self.state.phase_epoch)
@@ -301,7 +315,7 @@ class Training:
             skipped = sum(update >= first for update in self.state.skipped)
             factors = [self._factor(update) for update in range(self.updates)]
             self.scaler.begin(self.optimizer, factors, skipped)
-        checkpoint.fill_moments(self.model, self.optimizer, self.moments)
+        checkpoint.fill_moments(self.optimizer, self.moments)
         if self.settings.ema is not None:
             self.average = optim.Average(self.settings.ema, self.parameters)
             for name, value in self.averages.items():
@@ -319,8 +333,19 @@ class Training:
         self.whole, self.busy = False, True
         yield
         self.whole, self.busy = True, False
-        if self.stop:
+        if self.stop and self.settings.ranks == 1:  # several stop together, between two steps
             raise KeyboardInterrupt
+
+    def _divide(self) -> None:
+        # Of several ranks: what depends on the phase.
+        settings = self.settings
+        kind = distributed.Shards if settings.parallel == "fsdp" else distributed.Replicas
+        self.parallel = kind(self.model, self.live, self.objective, self.optimizer)
+        self.live, self.parameters = self.parallel.live, self.parallel.parameters
+        self.plain = self.live
+        self.penalty = self.parallel.penalty
+        first = self.train.fetch(self._order()[0], self.state.epoch, settings.seed)
+        self.parallel.rehearse(first.to(settings.device), self.autocast)
 
     def _attach_cache(self) -> None:
         cache.refuse(self.objective, self.model, self.source)
@@ -352,6 +377,8 @@ class Training:
 
     def _moving(self) -> dict[str, Tensor]:
         # What training changes in this phase: parameters, and buffers of modules in train mode.
+        if self.parallel is not None:
+            self.parallel.gather()
         names = set(self.parameters)
         for path, module in self.model.named_modules():
             if module.training:
@@ -360,6 +387,9 @@ class Training:
 
     def _leave(self) -> None:
         with self._undivided(), torch.no_grad():
+            if self.parallel is not None:
+                self.parallel.gather()
+                self._unite()
             own, state = checkpoint.tensors_of(self.model), self.state
             if self.average is not None:
                 self.average.exchange()
@@ -372,16 +402,24 @@ class Training:
             self.stopping.phase_best, self.stopping.waited = None, 0  # of the phase that is done
         self._save()
 
+    def _unite(self) -> None:
+        # The end of what `_divide` began, with the weights as they were gathered last.
+        self.parallel.close()
+        self.live, self.parallel = self.model, None
+
     def _epoch(self) -> None:
         state, settings = self.state, self.settings
         self.started = time.monotonic()
-        batches = self._order()[state.batch :]
+        order = self._order()
+        batches = distributed.share(order[state.batch :])
         how = (settings.seed, settings.workers, settings.device.type == "cuda")
         stream = data.stream(self.train, batches, state.epoch, *how)
         while micro := list(islice(stream, settings.accumulate)):
+            drawn = state.batch + len(micro) * settings.ranks
+            self.idle = drawn - settings.ranks + settings.rank >= len(order)
             with self._undivided():
                 self.step(micro)
-                state.batch += len(micro)
+                state.batch = drawn if drawn < len(order) else len(order)
                 state.update += 1
                 state.total += 1
             self._between_steps()
@@ -389,18 +427,21 @@ class Training:
         row = {"epoch": state.epoch + 1, "phase": self.phase.name}
         row["train_loss"] = _mean(state.weights, state.sums)
         if self.validation is not None:
+            objective = self.objective if self.parallel is None else self.parallel
             where = (max(64, settings.batch_size), self.autocast, settings.device)
-            what = (self.objective, self.metrics, self.plain, self.validation)
+            what = (self.objective, objective.outputs, self.metrics, self.plain, self.validation)
             with self._averaged():
                 row |= _evaluated(*what, *where)
         if self.scaler is not None:
-            first = state.total - math.ceil(state.batch / settings.accumulate)
+            first = state.total - math.ceil(state.batch / _share(settings))
             row["skipped"] = sum(update >= first for update in state.skipped)
         row["seconds"] = state.seconds + time.monotonic() - self.started
+        row = distributed.of_first(row)
         with self._undivided():
             self._close_epoch(row)
         # At most a tenth of the time goes into storing what short epochs did.
-        if time.monotonic() - self.saved >= min(settings.save_every, 10 * self.save_cost):
+        due = time.monotonic() - self.saved >= min(settings.save_every, 10 * self.save_cost)
+        if any(distributed.agree(due)):
             self._save()
 
     @contextmanager
@@ -439,23 +480,30 @@ class Training:
 
         Nothing in here reads a value back from the device: no loss is looked at, and no norm.
         """
-        state, scaler, device = self.state, self.scaler, self.settings.device
+        state, settings, scaler = self.state, self.settings, self.scaler
+        device, parallel, counts = settings.device, self.parallel, None
         rates = self._factor(state.update) if scaler is None else scaler.factor(state.update)
         optim.set_rates(self.optimizer, rates)
         micro = [batch.to(device) for batch in micro]
-        if self.settings.compile:
+        if settings.compile:
             for batch in micro:
                 devices.of_any_count(batch.inputs)
-        counts = None
-        if len(micro) > 1:
+        if parallel is not None:
+            counts = distributed.counts(self.objective, micro, self.idle, device)
+        elif len(micro) > 1:
             # The divisor of the whole step, known before the first backward: so each micro-batch
             # adds its share of the one mean, whatever the sizes.
             counts = tuple(map(sum, zip(*map(self.objective.counts, micro), strict=True)))
         for part, batch in enumerate(micro):
             # the negative number keeps it apart from the augmentation of any item
-            devices.seed_dropout(device, data.mix(self.settings.seed, state.total, -1 - part))
+            place = part * settings.ranks + settings.rank
+            devices.seed_dropout(device, data.mix(settings.seed, state.total, -1 - place))
             with self.autocast():
-                loss = self.objective(self.live, batch)
+                if parallel is None:
+                    loss = self.objective(self.live, batch)
+                else:
+                    last = part + 1 == len(micro)
+                    loss = parallel.loss(batch, last, last and self.idle)
             value = loss.mean(counts)
             if self.penalty is not None and part == 0:
                 value = value + self.penalty(self.model)
@@ -466,6 +514,8 @@ class Training:
                 )
             (value if scaler is None else value * scaler.scale).backward()
             self.losses.append((state.total, loss.detach()))
+        if parallel is not None:
+            parallel.finish(self.idle)
         if not self.checked:
             self._name_unreached()
         parameters, clip = self.parameters.values(), self.settings.clip
@@ -489,7 +539,7 @@ class Training:
     def _name_unreached(self) -> None:
         self.checked = True
         names = [name for name, p in self.parameters.items() if p.grad is None]
-        if names:
+        if names and distributed.rank() == 0:
             few = f"{len(names)} trainable parameters, the first {', '.join(names[:5])}"
             what = f"the objective does not reach {few}: freeze them, or use their output"
             warnings.warn(what, stacklevel=2)
@@ -498,7 +548,12 @@ class Training:
         if len(self.losses) >= _LOOK_EVERY:
             self._look()
         self.progress.advance()
-        if time.monotonic() - self.saved >= self.settings.save_every:
+        due = time.monotonic() - self.saved >= self.settings.save_every
+        if self.settings.ranks > 1:
+            self.stop, due = distributed.agree(self.stop, due)
+            if self.stop:
+                raise KeyboardInterrupt
+        if due:
             self._save()
 
     def _look(self) -> None:
@@ -507,7 +562,7 @@ class Training:
             return
         state, (_, last) = self.state, self.losses[-1]
         columns = zip(*(loss.totals + loss.counts for _, loss in self.losses), strict=True)
-        rows = zip(*map(_read, columns), strict=True)
+        rows = distributed.add_up(list(zip(*map(_read, columns), strict=True)))
         for (update, _), row in zip(self.losses, rows, strict=True):
             if not all(map(math.isfinite, row)):
                 self._fail(update, "the loss became NaN or infinite")
@@ -521,8 +576,9 @@ class Training:
             self.flags.clear()
             if self.scaler.scale.item() < _SMALLEST_SCALE:
                 self._fail(state.total - 1, "every gradient has been infinite for some time")
-        norms = torch._foreach_norm([parameter.detach() for parameter in self.parameters.values()])
-        if not math.isfinite(torch.stack(norms).sum().item()):
+        weights = [distributed.local(parameter.detach()) for parameter in self.parameters.values()]
+        norms = torch._foreach_norm(weights)
+        if not math.isfinite(distributed.add_up(torch.stack(norms).sum().item())):
             self._fail(state.total - 1, "the weights became NaN or infinite")
 
     def _fail(self, update: int, what: str) -> None:
@@ -563,6 +619,11 @@ class Training:
             "weights": checkpoint.weights_hash(tensors),
         }
 
+    def _compare(self) -> None:
+        # That every rank trains the same; where a state was read, also that all read the same.
+        identity = self._identity() if self.settings.directory is None else self.identity
+        distributed.alike(identity | {"state": asdict(self.state)})
+
     def _content(self, source: data.Source | None) -> list | None:
         if source is None:
             return None
@@ -586,6 +647,8 @@ class Training:
         if self.settings.directory is None:
             return
         self._look()  # a state with NaN is never stored
+        if self.parallel is not None:
+            self.parallel.gather()
         state, now = self.state, time.monotonic()
         state.seconds, self.started = state.seconds + now - self.started, now
         about = {"state": asdict(state), "stopping": asdict(self.stopping)}
@@ -658,7 +721,11 @@ class Update:
 
 def _updates(count: int, settings: Any) -> int:
     # in an epoch
-    return math.ceil(math.ceil(count / settings.batch_size) / settings.accumulate)
+    return math.ceil(math.ceil(count / settings.batch_size) / _share(settings))
+
+
+def _share(settings: Any) -> int:  # the batches of one step, of all ranks together
+    return settings.accumulate * settings.ranks
 
 
 def _drawn_again(update: int, source: data.Source, state: State, phases, settings) -> Update:
@@ -671,7 +738,7 @@ def _drawn_again(update: int, source: data.Source, state: State, phases, setting
     phase, first = phases[number], state.starts[number] * each
     made = update - first - sum(first <= other < update for other in state.skipped)
     lr = phase.lr * optim.factor(phase.schedule, made, phase.epochs * each, phase.warmup)
-    size, seed, each = settings.batch_size, settings.seed, settings.accumulate
+    size, seed, each = settings.batch_size, settings.seed, _share(settings)
     order = data.order(len(source), size, seed, epoch, source.lengths)
     batches = [source.fetch(items, epoch, seed) for items in order[at * each : (at + 1) * each]]
     return Update(batches, lr, phase.name, epoch + 1, update in state.skipped)
@@ -686,7 +753,7 @@ def _interruptible(training: Training) -> Iterator[None]:
         return
 
     def stop(*_: Any) -> None:
-        if training.stop or not training.busy:
+        if training.settings.ranks == 1 and (training.stop or not training.busy):
             raise KeyboardInterrupt
         training.stop = True
 
@@ -760,10 +827,14 @@ class Run:
     def save(self, directory: str | Path, notes: Mapping[str, str] | None = None) -> Path:
         """Write the model, so that `transferkit.load(directory)` gives it back, and a model card.
 
+        Of several ranks the first one writes.
+
         Args:
             notes: what only a person knows, by the card's heading: `{"Intended use": "..."}`.
         """
         result = {"best epoch": self.best, **self._about}
+        if distributed.rank() > 0:
+            return Path(directory)
         return checkpoint.save_model(directory, self.model, result, notes)
 
 
@@ -775,8 +846,12 @@ def fit(
     restore: str = "best", directory: str | Path | None = None, save_every: float = 60.0,
     workers: int = 0, compile: bool | str | Callable = False, recompute: bool = False,
     progress: bool | None = None, device: str | torch.device = "auto",
+    parallel: str | None = None,
 ) -> Run:  # fmt: skip
     """Train a model by a plan of phases. It is changed in place and ends in eval mode.
+
+    Started by `torchrun --nproc-per-node=N`, N processes train it together; each must make the same
+    calls of `fit`, `evaluate` and `predict`, and gets the same results. See `distributed`.
 
     Args:
         objective: what is minimised, such as `classification()`.
@@ -785,7 +860,8 @@ def fit(
         metrics, monitor: functions of logits and labels; the name of the one (the first), or
             "loss", that chooses the best epoch.
         patience: epochs of a phase without improvement on its own best after which it ends.
-        batch_size, accumulate: items in a batch, and batches in an update.
+        batch_size, accumulate: items in a batch, and batches in an update (on each of several
+            ranks: an update of N ranks sees N times as many).
         precision: "fp32", "bf16", "fp16", or "auto": see `devices.resolve_precision`. The weights
             stay in float32. In fp16 an update whose gradient overflows is skipped, and the history
             says how many were: see `optim.Scaler`.
@@ -804,12 +880,15 @@ def fit(
         recompute: whether layer groups are computed again in the backward pass, which takes less
             memory and more time: see `layers.recomputing`.
         progress: whether to show a bar; by default where somebody looks.
+        parallel: with several ranks, "ddp" (the default) keeps the whole model on each, "fsdp"
+            divides weights, gradients and moments among them; a single process needs neither.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names the remedy.
         FloatingPointError: the loss became NaN or infinite; the message names the update.
     """
     given = dict(locals())
+    distributed.start()
     return _conduct(_prepare(**given))
 
 
@@ -832,15 +911,19 @@ def _prepare(model, objective, train, validation, plan, metrics, progress, **giv
         ema=(given.ema is None or 0 < given.ema < 1, "a number in (0, 1) such as 0.999, or None"),
         restore=(given.restore in ("best", "last"), "'best' or 'last'"),
         monitor=(given.monitor in known, f"one of {known}, or add the metric to metrics=[...]"),
+        parallel=(given.parallel in (None, "ddp", "fsdp"), "None, 'ddp' or 'fsdp'"),
     )
     if validation is None and given.patience is not None:
         raise ValueError("patience needs validation data to watch: pass some, or leave it out")
+    given.ranks, given.rank = distributed.ranks(), distributed.rank()
+    given.parallel = (given.parallel or "ddp") if given.ranks > 1 else None
     additive = getattr(objective, "additive", False) and hasattr(objective, "counts")
-    if given.accumulate > 1 and not additive:
+    if given.accumulate * given.ranks > 1 and not additive:
         raise ValueError(
-            f"accumulate is {given.accumulate}, but the objective {type(objective).__name__} "
-            "couples the items of a batch (additive is False) or has no counts(batch): parts of a "
-            "batch would give another gradient; use accumulate=1 with a larger batch_size"
+            f"accumulate is {given.accumulate} on {given.ranks} ranks, but the objective "
+            f"{type(objective).__name__} couples the items of a batch (additive is False) or has "
+            "no counts(batch): parts of a batch would give another gradient; use accumulate=1 "
+            "with a larger batch_size, in a single process"
         )
     given.seed = int(given.seed)  # of NumPy it would overflow where it is mixed
     given.device = devices.resolve_device(given.device)
@@ -908,13 +991,18 @@ def _conduct(training: Training) -> Run:
     except KeyboardInterrupt:
         training.interrupted = True
         if training.whole:  # else something is half done, and the last stored state stands
+            if training.parallel is not None:
+                training.parallel.gather()
             training._save()
         after = "pass directory=... to be able to resume"
         if directory is not None:
             after = f"call fit again to resume from {directory}"
-        print(f"interrupted after {training.state.total} updates: {after}")
+        if distributed.rank() == 0:
+            print(f"interrupted after {training.state.total} updates: {after}")
     finally:
         training.progress.close()
+        if training.parallel is not None:
+            training._unite()
         for name, parameter in training.model.named_parameters():
             parameter.requires_grad_(name in training.allowed)
             parameter.grad = None

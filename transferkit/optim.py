@@ -91,6 +91,12 @@ def build(
     return torch.optim.AdamW(parts, lr=lr, fused=True)
 
 
+def named(optimizer: torch.optim.Optimizer) -> dict[str, torch.nn.Parameter]:
+    """The parameters that an optimizer of `build` moves, by name."""
+    parts = [zip(g["names"], g["params"], strict=True) for g in optimizer.param_groups]
+    return {name: parameter for part in parts for name, parameter in part}
+
+
 def set_rates(optimizer: torch.optim.Optimizer, scale: float | Tensor) -> None:
     """Give every parameter group its peak rate times `scale`.
 
