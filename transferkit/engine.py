@@ -928,6 +928,8 @@ def _prepare(model, objective, train, validation, plan, metrics, progress, **giv
     given.seed = int(given.seed)  # of NumPy it would overflow where it is mixed
     given.device = devices.resolve_device(given.device)
     given.precision = devices.resolve_precision(given.precision, given.device)
+    if given.ranks > 1:
+        _refuse_alone(given)
     if given.precision == "fp16":
         _refuse_half(model)
     given.directory = given.directory and Path(given.directory)
@@ -946,6 +948,18 @@ def _functions(metrics: Sequence[Callable] | Callable) -> list[Callable]:
             what = f"a metric is {metric!r}, but a function of logits and labels with a name is"
             raise TypeError(f"{what} expected: pass functions, such as metrics=[tk.accuracy]")
     return listed
+
+
+def _refuse_alone(given: SimpleNamespace) -> None:
+    alone = {"compile": given.compile, "recompute": given.recompute}
+    if given.parallel == "fsdp":
+        alone |= {"ema": given.ema, "precision='fp16'": given.precision == "fp16"}
+    for name, asked in alone.items():
+        if asked:
+            raise ValueError(
+                f"{name} was asked for on {given.ranks} ranks with parallel={given.parallel!r}, "
+                "where it is not offered: leave it out, or train in a single process"
+            )
 
 
 def _refuse_half(model: nn.Module) -> None:
