@@ -29,7 +29,9 @@ _MODULES = (
     "optim",
     "plan",
     "preflight",
+    "pretext",
     "profiles",
+    "regularised",
     "show",
 )
 
@@ -58,6 +60,17 @@ _NAMES = {
     # objectives
     "classification": "objectives",
     "regression": "objectives",
+    "token_classification": "objectives",
+    "spans": "objectives",
+    "masked": "pretext",
+    "masked_lm": "pretext",
+    "two_views": "pretext",
+    "contrastive": "pretext",
+    "reconstruction": "pretext",
+    "mixup": "regularised",
+    "distillation": "regularised",
+    "l2_sp": "regularised",
+    "adversarial": "regularised",
     # metrics
     "accuracy": "metrics",
     "balanced_accuracy": "metrics",

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Number = float | int | Tensor
 
+IGNORED = -100  # a label of this value does not count, as in torch.nn.functional.cross_entropy
+
 
 class Loss:
     """The sum and the count of every term of an objective, over some items.
@@ -330,6 +332,9 @@ class Classification(_Supervised):
         Half-precision logits are scored in float32. The labels are trusted, for to look at them
         would stop the device at every step: `validate` checks them once.
         """
+        return Loss(self._entropy(outputs, _labels(batch).long()), *self.counts(batch))
+
+    def _entropy(self, outputs: Tensor, labels: Tensor) -> Tensor:
         logits = _at_least_float32(outputs)
         weights = None
         if self.class_weights is not None:
@@ -340,10 +345,11 @@ class Classification(_Supervised):
                 "pool or flatten them, so that an item has one row"
             )
         try:
-            total = F.cross_entropy(
+            return F.cross_entropy(
                 logits,
-                _labels(batch).long(),
+                labels,
                 weight=weights,
+                ignore_index=IGNORED,
                 reduction="sum",
                 label_smoothing=self.label_smoothing,
             )
@@ -352,7 +358,6 @@ class Classification(_Supervised):
                 f"a label does not fit the {logits.shape[1]} outputs of the head ({error}): number "
                 "the classes from 0 and give the head one output for each"
             ) from error
-        return Loss(total, *self.counts(batch))
 
     def validate(self, labels: Any, outputs_dim: int) -> None:
         """Check the labels of a whole data set against the head, once, before training.
@@ -407,6 +412,160 @@ class Classification(_Supervised):
                 "trained on them learns to say this class always, and AUROC is not defined on "
                 "them; unless it is meant, see how the data were split",
                 stacklevel=2,
+            )
+
+
+@dataclass(frozen=True)
+class TokenClassification(Classification):
+    r"""Cross-entropy of every labelled token, such as the name tags of words.
+
+    Logits have the shape `(n, L, C)`, labels `(n, L)`; a token whose label is -100 (padding,
+    special tokens, the later pieces of a word) does not count. With the loss $\ell$ and the weights
+    $w$ of `Classification`,
+
+    $$\sum_{t\,:\,y_t \ne -100} \ell_t \Big/ \sum_{t\,:\,y_t \ne -100} w_{y_t}$$
+
+    so every labelled token weighs the same, however the texts are cut into batches. Arguments and
+    errors are those of `Classification`.
+    """
+
+    def counts(self, batch: Batch) -> tuple[Number, ...]:
+        """How many tokens of the batch are labelled, or the sum of their weights: a tensor."""
+        labels = _labels(batch).long()
+        known = labels != IGNORED
+        if self.class_weights is None:
+            return (known.sum(),)
+        dtype = torch.float32 if labels.device.type == "mps" else torch.float64
+        weights = _constant(self.class_weights, labels, dtype)[labels.clamp(min=0)]
+        return ((weights * known).sum(),)
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Loss:
+        """Sum of the cross-entropies of logits `(n, L, C)` against whole labels `(n, L)`.
+
+        Raises:
+            ValueError: the outputs are not one row a token.
+        """
+        labels = _labels(batch).long()
+        if outputs.dim() != 3 or outputs.shape[:2] != labels.shape:
+            raise ValueError(
+                f"the outputs have shape {tuple(outputs.shape)} and the labels "
+                f"{tuple(labels.shape)}, but (n, L, C) and (n, L) are expected: the head must "
+                "score every token, with no pooling before it"
+            )
+        total = self._entropy(outputs.flatten(0, 1), labels.flatten())
+        return Loss(total, *self.counts(batch))
+
+    def scored(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What metrics see: the logits `(m, C)` and labels `(m,)` of the m labelled tokens."""
+        labels = _labels(batch).long()
+        known = labels != IGNORED
+        return outputs[known], labels[known]
+
+    def validate(self, labels: Any, outputs_dim: int) -> None:
+        """Check the labels of a whole data set, `(n, L)`, against the head; see `Classification`.
+
+        Raises:
+            TypeError, ValueError: as there; also where the labels are not one a token.
+        """
+        labels = torch.as_tensor(labels)
+        if labels.dim() != 2:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}, but one class number a token, (n, L), "
+                "is expected: pad the rows with -100, which does not count"
+            )
+        super().validate(labels[labels != IGNORED], outputs_dim)
+
+
+@dataclass(frozen=True)
+class Spans(_Supervised):
+    r"""Where a span of tokens starts and ends, such as an answer in a text.
+
+    The head gives two scores a token, `(n, L, 2)`; the labels `(n, 2)` are the places of the first
+    and the last token. The loss is half the sum of two cross-entropies over the L places, of the
+    start and of the end (Devlin et al. 2019, Section 4.2), each divided by how many items have such
+    a label; -100 says that there is none, as where the answer was cut off. Where the inputs hold an
+    attention mask, padding is no place, so that no item depends on the length of its batch.
+    """
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The scores `(n, L, 2)`, minus infinity on padding."""
+        scores, inputs = forward(model, batch.inputs), batch.inputs
+        if not isinstance(inputs, Mapping):
+            return scores
+        # cached features call it "mask", as the states between the layers do
+        masks = [inputs[name] for name in ("attention_mask", "mask") if name in inputs]
+        return scores.masked_fill(masks[0].unsqueeze(-1) == 0, -torch.inf) if masks else scores
+
+    def counts(self, batch: Batch) -> tuple[Number, ...]:
+        """How many items have a start, and how many an end: two tensors."""
+        known = _labels(batch).long() != IGNORED
+        return known[:, 0].sum(), known[:, 1].sum()
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Loss:
+        """Two terms, "start" and "end", of scores `(n, L, 2)` and labels `(n, 2)`.
+
+        Raises:
+            ValueError: the shapes are others.
+        """
+        scores, labels = _at_least_float32(outputs), _labels(batch).long()
+        if scores.dim() != 3 or scores.shape[2] != 2 or labels.shape != (len(scores), 2):
+            raise ValueError(
+                f"the outputs have shape {tuple(scores.shape)} and the labels "
+                f"{tuple(labels.shape)}, but (n, L, 2) and (n, 2) are expected: the head gives "
+                "every token two scores, and an item's label is the places of first and last token"
+            )
+        counts, terms = self.counts(batch), {}
+        for at, name in enumerate(("start", "end")):
+            what = (scores[..., at], labels[:, at])
+            total = F.cross_entropy(*what, ignore_index=IGNORED, reduction="sum")
+            terms[name] = (0.5, total, counts[at])
+        return Loss.terms(terms)
+
+    def decode(self, outputs: Tensor) -> Tensor:
+        """The best span of each item that does not end before it starts, int64 `(n, 2)`."""
+        scores = outputs[:, :, 0].unsqueeze(2) + outputs[:, :, 1].unsqueeze(1)
+        length = scores.shape[1]
+        backward = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril(-1)
+        best = scores.masked_fill(backward, -torch.inf).flatten(1).argmax(1)
+        return torch.stack([best // length, best % length], dim=1)
+
+    def scored(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What metrics see: for each labelled item a row (wrong, right) and the label 1.
+
+        A row is (0, 1) where `decode` gives exactly the labels, so `accuracy` is the exact match.
+        """
+        labels = _labels(batch).long()
+        right = (self.decode(outputs) == labels).all(1)[(labels != IGNORED).all(1)].long()
+        return F.one_hot(right, 2).to(outputs.dtype), torch.ones_like(right)
+
+    def validate(self, labels: Any, outputs_dim: int) -> None:
+        """Check the spans of a whole data set, once, before training.
+
+        Raises:
+            TypeError: they are not whole numbers.
+            ValueError: they are not two an item, one is negative and not -100, one ends before it
+                starts, or the head does not give two scores a token.
+        """
+        labels = torch.as_tensor(labels)
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(
+                f"labels are {labels.dtype}, but whole places are expected: convert them"
+            )
+        if labels.dim() != 2 or labels.shape[1] != 2 or outputs_dim != 2:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)} and the head {outputs_dim} outputs, but "
+                "(n, 2) and 2 are expected: the places of first and last token, and a score of each"
+            )
+        if ((labels < 0) & (labels != IGNORED)).any():
+            raise ValueError(
+                f"labels hold {int(labels[labels != IGNORED].min())} but places start at 0: mark "
+                "an item without a span by -100"
+            )
+        turned = (labels[:, 1] < labels[:, 0]) & (labels != IGNORED).all(1)
+        if turned.any():
+            raise ValueError(
+                f"the span of item {int(turned.long().argmax())} ends before it starts: give the "
+                "places of its first and its last token"
             )
 
 
@@ -466,5 +625,5 @@ class Regression(_Supervised):
             )
 
 
-classification = Classification
+classification, token_classification, spans = Classification, TokenClassification, Spans
 regression = Regression

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transferkit.objectives import Loss, classification, forward, regression
+from transferkit.metrics import accuracy
+from transferkit.objectives import (
+    IGNORED,
+    Loss,
+    classification,
+    forward,
+    regression,
+    spans,
+    token_classification,
+)
 
 
 def batch(labels, inputs=None):
@@ -307,3 +316,150 @@ def test_an_objective_called_on_a_model_and_a_batch_gives_the_loss():
 def test_a_model_that_returns_no_logits_is_named():
     with pytest.raises(TypeError, match="returned a tuple"):
         forward(torch.nn.LSTM(3, 3), torch.zeros(2, 3))
+
+
+def tagged(seed, items, length, classes):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(items, length, classes, dtype=torch.float64, generator=generator)
+    labels = torch.randint(0, classes, (items, length), generator=generator)
+    labels[torch.rand(items, length, generator=generator) < 0.4] = IGNORED
+    weights = torch.rand(classes, dtype=torch.float64, generator=generator) + 0.05
+    return logits, labels, weights
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 10_000),
+    items=st.integers(1, 9),
+    length=st.integers(1, 7),
+    smoothing=st.sampled_from([0.0, 0.2]),
+    weighted=st.booleans(),
+)
+def test_tokens_agree_with_cross_entropy_of_torch_over_the_labelled_ones(
+    seed, items, length, smoothing, weighted
+):
+    logits, labels, weights = tagged(seed, items, length, 4)
+    objective = token_classification(smoothing, weights if weighted else None)
+    loss = objective.loss(logits, batch(labels))
+    assert objective.counts(batch(labels)) == loss.counts
+    known = labels != IGNORED
+    if not known.any():
+        assert loss.mean().item() == 0
+        return
+    expected = F.cross_entropy(
+        logits[known],
+        labels[known],
+        weight=weights if weighted else None,
+        label_smoothing=smoothing,
+    )
+    assert loss.mean().item() == pytest.approx(expected.item(), rel=1e-12)
+    rows, kept = objective.scored(logits, batch(labels))
+    assert torch.equal(rows, logits[known]) and torch.equal(kept, labels[known])
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.125]])
+def test_a_training_step_on_tokens_and_spans_reads_no_scalar(weights):
+    logits, labels, _ = tagged(0, 8, 5, 3)
+    objective = token_classification(0.1, weights)
+    places = torch.tensor([[0, 1]] * 7 + [[IGNORED, IGNORED]])
+    scores = logits[..., :2].clone().requires_grad_()
+    logits.requires_grad_()
+    objective.loss(logits, batch(labels))  # the first call may copy the weights to the device
+    with CountReads() as counted:
+        objective.loss(logits, batch(labels)).mean().backward()
+        spans().loss(scores, batch(places)).mean().backward()
+    assert counted.reads == 0
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10_000), items=st.integers(1, 9), length=st.integers(1, 7))
+def test_spans_agree_with_the_mean_of_two_cross_entropies(seed, items, length):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(items, length, 2, dtype=torch.float64, generator=generator)
+    labels = torch.randint(0, length, (items, 2), generator=generator)
+    labels[torch.rand(items, 2, generator=generator) < 0.2] = IGNORED
+    loss = spans().loss(scores, batch(labels))
+    assert spans().counts(batch(labels)) == loss.counts
+    expected = 0.0
+    for at in (0, 1):
+        if (labels[:, at] != IGNORED).any():
+            expected += F.cross_entropy(scores[..., at], labels[:, at]).item() / 2
+    assert loss.mean().item() == pytest.approx(expected, rel=1e-12)
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10_000), length=st.integers(1, 7))
+def test_the_decoded_span_is_the_best_that_does_not_end_before_it_starts(seed, length):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(3, length, 2, generator=generator)
+    found = spans().decode(scores)
+    for row, (start, end) in zip(scores, found.tolist(), strict=True):
+        valid = [(a, b) for a in range(length) for b in range(a, length)]
+        best = max(valid, key=lambda span: float(row[span[0], 0] + row[span[1], 1]))
+        assert (start, end) == best
+
+
+def test_spans_score_the_exact_match_of_labelled_items():
+    scores = torch.full((4, 3, 2), -5.0)
+    for item, (start, end) in enumerate([(0, 1), (1, 1), (2, 2), (0, 2)]):
+        scores[item, start, 0] = scores[item, end, 1] = 5.0
+    labels = torch.tensor([[0, 1], [1, 2], [2, 2], [IGNORED, IGNORED]])
+    rows, right = spans().scored(scores, batch(labels))
+    assert accuracy(rows.numpy(), right.numpy()) == pytest.approx(2 / 3)
+
+
+class Scores(torch.nn.Module):
+    stage_names = ("head",)
+
+    def forward(self, inputs):
+        return inputs["scores"]
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "mask"])
+def test_padding_is_no_place_where_a_span_can_be(name):
+    scores, mask = torch.randn(2, 5, 2), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    inputs = {"scores": scores, name: mask.bool() if name == "mask" else mask}
+    items = batch([[0, 2], [1, 4]], inputs)
+    found = spans()(Scores(), items)
+    alone = spans().loss(scores[:1, :3], batch([[0, 2]])) + spans().loss(
+        scores[1:], batch([[1, 4]])
+    )
+    torch.testing.assert_close(found.mean(), alone.mean())
+    assert torch.equal(spans().decode(spans().outputs(Scores(), items))[0] < 3, torch.ones(2) > 0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "labels", "outputs", "error", "message"),
+    [
+        (token_classification(), [0, 1], 3, ValueError, r"one class number a token, \(n, L\)"),
+        (token_classification(), [[0, 5, -100]], 3, ValueError, "hold 5 but the head has 3"),
+        (token_classification(), [[0, -1, -100]], 3, ValueError, "hold -1"),
+        (token_classification(), [[0.0]], 3, TypeError, "float"),
+        (spans(), [[0.0, 1.0]], 2, TypeError, "whole places"),
+        (spans(), [0, 1], 2, ValueError, r"\(n, 2\) and 2 are expected"),
+        (spans(), [[0, 1]], 3, ValueError, "the head 3 outputs"),
+        (spans(), [[-1, 1]], 2, ValueError, "hold -1 but places start at 0"),
+        (spans(), [[0, 1], [3, 2]], 2, ValueError, "item 1 ends before it starts"),
+    ],
+)
+def test_token_labels_that_do_not_fit_are_named(objective, labels, outputs, error, message):
+    with pytest.raises(error, match=message):
+        objective.validate(torch.tensor(labels), outputs)
+
+
+@pytest.mark.parametrize(
+    ("objective", "labels", "outputs"),
+    [
+        (token_classification(class_weights=[1, 2, 1]), [[0, 2, -100]], 3),
+        (spans(), [[0, 0], [2, 5], [-100, -100], [3, -100]], 2),
+    ],
+)
+def test_token_labels_that_fit_pass(objective, labels, outputs):
+    objective.validate(torch.tensor(labels), outputs)
+
+
+def test_outputs_that_are_not_one_row_a_token_are_refused():
+    with pytest.raises(ValueError, match=r"\(2, 3\).*score every token"):
+        token_classification().loss(torch.zeros(2, 3), batch([[0, 1], [1, 0]]))
+    with pytest.raises(ValueError, match="every token two scores"):
+        spans().loss(torch.zeros(2, 3, 3), batch([[0, 1], [1, 1]]))
