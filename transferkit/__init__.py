@@ -25,9 +25,11 @@ _MODULES = (
     "models",
     "objectives",
     "optim",
+    "peft",
     "plan",
     "profiles",
     "show",
+    "vectors",
 )
 
 _NAMES = {
@@ -46,6 +48,14 @@ _NAMES = {
     "freeze": "layers",
     "unfreeze": "layers",
     "summary": "layers",
+    # parameter-efficient fine-tuning, and arithmetic with weights
+    "lora": "peft",
+    "ia3": "peft",
+    "adapters": "peft",
+    "prefix": "peft",
+    "merge": "peft",
+    "interpolate": "vectors",
+    "task_vector": "vectors",
     # objectives
     "classification": "objectives",
     "regression": "objectives",
