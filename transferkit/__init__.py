@@ -50,6 +50,7 @@ _NAMES = {
     "summary": "layers",
     # parameter-efficient fine-tuning, and arithmetic with weights
     "lora": "peft",
+    "adalora": "peft",
     "ia3": "peft",
     "adapters": "peft",
     "prefix": "peft",

@@ -168,7 +168,10 @@ class Training:
         self.model, self.objective, self.metrics = model, objective, metrics
         self.source, self.held_out = train, validation
         self.phases, self.settings, self.progress = phases, settings, show.Bar(progress)
-        self.penalty = getattr(objective, "penalty", None)
+        # what acts once an update: the objective, and the way in which the model is adapted
+        acting = (objective, getattr(model, "adaptation", None))
+        self.penalties = [part.penalty for part in acting if hasattr(part, "penalty")]
+        self.after_update = [part.updated for part in acting if hasattr(part, "updated")]
         self.autocast = devices.autocast(settings.device, settings.precision)
         higher = {m.__name__: getattr(m, "higher_is_better", True) for m in metrics}
         self.stopping = plan.Stopping(higher.get(settings.monitor, False), settings.patience)
@@ -318,8 +321,9 @@ class Training:
             with self.autocast():
                 loss = self.objective(self.live, batch)
             value = loss.mean(counts)
-            if self.penalty is not None and part == 0:
-                value = value + self.penalty(self.model)
+            if part == 0:
+                for penalty in self.penalties:
+                    value = value + penalty(self.model)
             if not self.checked and not value.requires_grad:
                 raise ValueError(
                     f"the objective reaches none of the parameters that phase {phase.name!r} "
@@ -333,6 +337,8 @@ class Training:
             parameters = self.parameters.values()
             nn.utils.clip_grad_norm_(parameters, self.settings.clip, foreach=True)
         self.optimizer.step()
+        for updated in self.after_update:
+            updated(self.model, state.update, self.updates)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _name_unreached(self) -> None:

@@ -31,6 +31,7 @@ from transferkit.plan import require
 Targets = str | Sequence[str]
 ADAPTER = "adapter.safetensors"
 _NAME = "default"  # what peft calls the one adapter that there is
+_MEMORY = 0.85  # of AdaLoRA's running means, both, as its authors set them
 # Their forward methods read the weights of the layers inside, past anything wrapped around these.
 _SEALED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -85,6 +86,54 @@ def lora(
     how = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
     _inject(model, LoraConfig(target_modules=_exactly(chosen), **how), seed)
     return _adapted(model, Adaptation("lora", settings, model.recipe))
+
+
+def adalora(
+    model: Staged, r: int = 8, start: int = 12, alpha: float = 16.0,
+    targets: Targets = "attention", dropout: float = 0.0, orthogonality: float = 0.1,
+    warmup: float = 0.1, final: float = 0.3, seed: int = 0,
+) -> Staged:  # fmt: skip
+    r"""Learn a low-rank change and how to divide the rank between matrices (Zhang et al. 2023).
+
+    The change is $\frac{\alpha}{\text{start}}\,P\Lambda Q$ with $\Lambda$, diagonal, zero at first.
+    In `fit`, every update scores the triplets of a singular value and its two vectors, and sets the
+    values of the lowest to zero; see `Allocation`. The scores are buffers of the layers, so they
+    are stored with the run; `merge` adds the change to the weights. The budget is reached late in a
+    phase, perhaps after its best epoch: `fit(..., restore="last")` keeps to it.
+
+    Args:
+        model: as in `lora`.
+        r, start: triplets a matrix that are left on average, and that each begins with.
+        alpha, dropout, seed: as in `lora`; the seed is of $P$ and $Q$.
+        targets: as in `lora`, but linear layers alone.
+        orthogonality: weight of the term that keeps $P$ and $Q$ orthogonal.
+        warmup, final: shares of a phase's updates, before any triplet is dropped and after the last
+            was; in between their number falls along a cubic curve.
+
+    Returns, raises: as `lora`.
+    """
+    from peft import AdaLoraConfig
+
+    settings = {"r": r, "start": start, "alpha": alpha, "targets": targets, "dropout": dropout,
+                "orthogonality": orthogonality, "warmup": warmup, "final": final,
+                "seed": seed}  # fmt: skip
+    require(
+        SimpleNamespace(**settings),
+        start=(isinstance(start, int) and start >= r, f"a whole number of at least r, {r}"),
+        orthogonality=(0 <= orthogonality < math.inf, "a weight of at least 0"),
+        warmup=(0 <= warmup < 1, "a share in [0, 1)"),
+        final=(0 <= final < 1 - warmup, "a share in [0, 1 - warmup)"),
+    )
+    chosen = _low_rank_targets(model, settings, nn.Linear)
+    # the library asks for a number of steps, for an allocation of its own that is not used here
+    how = {"init_r": start, "target_r": r, "lora_alpha": alpha, "lora_dropout": dropout}
+    _inject(model, AdaLoraConfig(target_modules=_exactly(chosen), total_step=1, **how), seed)
+    for layer in _wrappers(model).values():
+        layer.register_buffer("kept", torch.ones_like(layer.lora_E[_NAME]))
+        for kind, parameter in _triplets(layer).items():
+            layer.register_buffer(f"{kind}_importance", torch.zeros_like(parameter))
+            layer.register_buffer(f"{kind}_uncertainty", torch.zeros_like(parameter))
+    return _adapted(model, Allocation("adalora", settings, model.recipe))
 
 
 def ia3(model: Staged, targets: Targets = "paper") -> Staged:
@@ -273,6 +322,75 @@ class Prefixed(nn.Module):
         )
 
 
+class Allocation(Adaptation):
+    """AdaLoRA's part in training: `fit` calls both methods of a model's `adaptation`."""
+
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        r"""How far vectors are from orthogonal, `()`; 0 where the layers are frozen.
+
+        It is $\gamma\,(\lVert P^\top P - I\rVert_F^2 + \lVert QQ^\top - I\rVert_F^2)$, summed
+        over the layers.
+        """
+        pairs = [(layer.lora_B[_NAME].mT, layer.lora_A[_NAME]) for layer in _allocated(model)]
+        grams = [rows @ rows.mT for pair in pairs for rows in pair]
+        terms = [(gram - torch.eye(len(gram)).to(gram)).square().sum() for gram in grams]
+        return self.settings["orthogonality"] * sum(terms)
+
+    @torch.no_grad()
+    def updated(self, model: nn.Module, update: int, updates: int) -> None:
+        """Score the triplets and zero the values of the lowest; after the optimizer's step.
+
+        A parameter is as important as the running mean of |parameter * gradient| times that of its
+        deviation; a triplet as its value plus the mean entry of either vector. Nothing is read back
+        to the host: how many are left is a function of the update alone.
+        """
+        found = [layer for layer in _allocated(model) if layer.lora_E[_NAME].grad is not None]
+        if not found:
+            return
+        last = self._last(updates)
+        if update <= last:
+            scores = torch.cat([_scores(layer) for layer in found])
+            best = scores.topk(self.budget(len(found), update, updates)).indices
+            kept = torch.zeros_like(scores).scatter_(0, best, 1.0)
+            for layer, part in zip(found, kept.split(self.settings["start"]), strict=True):
+                layer.kept.copy_(part.unsqueeze(1))
+        for layer in found:
+            layer.lora_E[_NAME].mul_(layer.kept)
+
+    def budget(self, matrices: int, update: int, updates: int) -> int:
+        """How many triplets are left after an update of a phase."""
+        start, end = (self.settings[name] * matrices for name in ("start", "r"))
+        first, last = math.ceil(self.settings["warmup"] * updates), self._last(updates)
+        if update < first:
+            return start
+        left = 1.0 - (update - first + 1) / max(1, last - first + 1)
+        return end + int((start - end) * max(0.0, left) ** 3)
+
+    def _last(self, updates: int) -> int:
+        # the update after which the division stands
+        return max(0, updates - 1 - math.ceil(self.settings["final"] * updates))
+
+
+def _allocated(model: nn.Module) -> list[nn.Module]:
+    return [layer for layer in _wrappers(model).values() if layer.lora_E[_NAME].requires_grad]
+
+
+def _triplets(layer: nn.Module) -> dict[str, Tensor]:
+    # Q (start, inputs), the values (start, 1) and P (outputs, start), as the peft library has them.
+    return {kind: getattr(layer, f"lora_{kind}")[_NAME] for kind in "AEB"}
+
+
+def _scores(layer: nn.Module) -> Tensor:
+    parts = []
+    for kind, parameter in _triplets(layer).items():
+        mean, deviation = (layer.get_buffer(f"{kind}_{n}") for n in ("importance", "uncertainty"))
+        now = (parameter * parameter.grad).abs()
+        mean.lerp_(now, 1 - _MEMORY)
+        deviation.lerp_((now - mean).abs(), 1 - _MEMORY)
+        parts.append((mean * deviation).mean(0 if kind == "B" else 1))
+    return sum(parts)
+
+
 # ---- which layers -------------------------------------------------------------------------------
 
 
@@ -353,7 +471,9 @@ def _takes_a_prefix(module: nn.Module) -> bool:
     return whole and "past_key_values" in inspect.signature(module.forward).parameters
 
 
-def _low_rank_targets(model: Staged, settings: dict) -> dict[str, nn.Module]:
+def _low_rank_targets(
+    model: Staged, settings: dict, kinds: Any = (nn.Linear, nn.Conv2d)
+) -> dict[str, nn.Module]:
     given = SimpleNamespace(**settings)
     require(
         given,
@@ -361,9 +481,10 @@ def _low_rank_targets(model: Staged, settings: dict) -> dict[str, nn.Module]:
         alpha=(0 < given.alpha < math.inf, "a number above 0, such as 2 * r"),
         dropout=(0 <= given.dropout < 1, "a probability in [0, 1)"),
     )
-    found = _candidates(model, (nn.Linear, nn.Conv2d))
+    found = _candidates(model, kinds)
     found = {n: m for n, m in found.items() if isinstance(m, nn.Linear) or _is_simple(m)}
-    what = "linear layer (or convolution without groups, dilation and special padding)"
+    simple = " (or convolution without groups, dilation and special padding)"
+    what = "linear layer" + simple * (kinds is not nn.Linear)
     return _chosen(model, given.targets, found, {}, what)
 
 
@@ -435,7 +556,7 @@ def _method(name: str) -> Callable[..., Staged]:
     return METHODS[name]
 
 
-METHODS = {"lora": lora, "ia3": ia3, "adapters": adapters, "prefix": prefix}
+METHODS = {"lora": lora, "adalora": adalora, "ia3": ia3, "adapters": adapters, "prefix": prefix}
 
 
 # ---- one backbone, many tasks -------------------------------------------------------------------

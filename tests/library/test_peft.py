@@ -65,6 +65,7 @@ TEXT, IMAGE = torch.randn(5, 3, 4), torch.randn(5, 3, 9, 9)
 LORA = {"targets": "all", "r": 3}
 CASES = [
     (_encoder, TEXT, tk.lora, LORA),
+    (_encoder, TEXT, tk.adalora, {"r": 2, "start": 4}),
     (_encoder, TEXT, tk.ia3, {}),
     (_encoder, TEXT, tk.adapters, {"bottleneck": 4}),
     (_convnet, IMAGE, tk.lora, LORA),
@@ -103,13 +104,14 @@ def test_the_head_and_what_was_added_are_trained_and_the_backbone_is_not(make, i
     model = method(make(), **how)
     for name, parameter in model.named_parameters():
         plain = name.replace(".base_layer.", ".")
-        assert parameter.requires_grad == (plain not in before or plain.startswith("head"))
+        added = plain not in before and ".ranknum" not in name  # a constant of peft's
+        assert parameter.requires_grad == (added or plain.startswith("head"))
     assert {n.replace(".base_layer.", ".") for n, _ in model.named_parameters()} > before.keys()
     assert not any(module.training for module in model.modules())
     assert all(module.training for module in method(make().train(), **how).modules())
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     r=st.integers(1, 9),
     alpha=st.floats(0.5, 64),
@@ -158,6 +160,82 @@ def test_dropout_acts_on_the_low_rank_path_alone():
     first, second = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     assert torch.allclose(change, kept @ first.T @ second.T, atol=1e-5)
     assert (kept == 0).any()
+
+
+def test_adalora_adds_vectors_weighted_by_singular_values():
+    plain, model = _encoder(), _moved(tk.adalora(_encoder(), r=2, start=4, alpha=6.0))
+    tensors = dict(model.named_parameters())
+    names = [name.removesuffix(".lora_E.default") for name in tensors if ".lora_E" in name]
+    assert len(names) == 8
+    with torch.no_grad():
+        for name in names:
+            right, values, left = (tensors[f"{name}.lora_{kind}.default"] for kind in "AEB")
+            change = left @ torch.diag(values.squeeze(1)) @ right
+            plain.get_submodule(name).weight += 6.0 / 4 * change
+        plain.head.load_state_dict(model.head.state_dict())
+    assert torch.allclose(model(TEXT), plain(TEXT), atol=1e-4)
+
+
+def test_adalora_keeps_the_triplets_that_the_peft_library_would_keep():
+    from peft import AdaLoraConfig
+    from peft.tuners.adalora.layer import RankAllocator
+
+    model = _moved(tk.adalora(_encoder(), r=2, start=4, warmup=0.2, final=0.2))
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, beta1=0.85, beta2=0.85)
+    theirs = RankAllocator(model, config, "default")
+    budgets = []
+    for update in range(10):
+        torch.manual_seed(update)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.randn_like(parameter)
+        twin = copy.deepcopy(model)
+        for name, parameter in twin.named_parameters():
+            parameter.grad = model.get_parameter(name).grad
+        theirs.update_ipt(twin)
+        budgets.append(model.adaptation.budget(8, update, 10))
+        if update <= 7:  # afterwards nothing is scored any more
+            pattern = None
+            if budgets[-1] < 32:
+                pattern = theirs.mask_to_budget(twin, budgets[-1])
+        model.adaptation.updated(model, update, 10)
+        for name in pattern or {}:
+            layer = model.get_submodule(name.removesuffix(".lora_E.default"))
+            assert (layer.kept.view(-1) == 1).tolist() == pattern[name]
+            assert torch.equal(layer.lora_E["default"], layer.lora_E["default"] * layer.kept)
+            assert bool((layer.lora_E["default"] != 0).any()) == bool(layer.kept.any())
+    assert budgets[:2] == [32, 32] and budgets[7:] == [16, 16, 16]
+    assert budgets == sorted(budgets, reverse=True) and len(set(budgets)) > 4
+
+
+@settings(max_examples=30)
+@given(
+    updates=st.integers(1, 200),
+    warmup=st.floats(0, 0.6),
+    final=st.floats(0, 0.39),
+    extra=st.integers(0, 9),
+)
+def test_the_budget_of_adalora_falls_from_its_start_to_its_end(updates, warmup, final, extra):
+    settings = {"r": 3, "start": 3 + extra, "warmup": warmup, "final": final}
+    budgets = [tkpeft.Allocation("adalora", settings, None).budget(5, update, updates)
+               for update in range(updates)]  # fmt: skip
+    assert all(15 <= budget <= 5 * (3 + extra) for budget in budgets)
+    assert budgets == sorted(budgets, reverse=True)
+    if warmup + final <= 0.9 and updates >= 20:
+        assert budgets[-1] == 15
+        assert budgets[updates - 1 - math.ceil(final * updates)] == 15
+
+
+def test_the_penalty_of_adalora_is_how_far_its_vectors_are_from_orthogonal():
+    model = _moved(tk.adalora(_encoder(), r=1, start=2, targets="embed", orthogonality=0.5))
+    left, right = model.embed.lora_B["default"], model.embed.lora_A["default"]
+    expected = 0.5 * sum(
+        torch.linalg.matrix_norm(gram - torch.eye(2)) ** 2
+        for gram in (left.T @ left, right @ right.T)
+    )
+    assert torch.allclose(model.adaptation.penalty(model), expected)
+    tk.freeze(model, "embed")
+    assert model.adaptation.penalty(model) == 0
 
 
 def test_ia3_scales_keys_values_and_the_inner_activations():
@@ -257,6 +335,8 @@ def test_the_start_depends_on_the_seed_alone():
         (tk.lora, {"targets": "head"}, r"targets is 'head'.*it has 13: embed,.*'attention', 'all'"),
         (tk.lora, {"targets": []}, r"targets is \[\]"),
         (tk.lora, {"targets": ["embed", "*.norm"]}, r"no linear layer .*that could be wrapped"),
+        (tk.adalora, {"start": 4}, "start is 4: give a whole number of at least r, 8"),
+        (tk.adalora, {"warmup": 0.5, "final": 0.5}, r"final is 0\.5: give a share in \[0, 1 - "),
         (tk.ia3, {"targets": "head"}, "give 'attention', 'all', 'paper' or patterns"),
         (tk.adapters, {"bottleneck": 0}, "bottleneck is 0: give at least 1"),
         (tk.prefix, {"length": 0}, "length is 0: give at least 1"),
