@@ -333,7 +333,8 @@ class Allocation(Adaptation):
         """
         pairs = [(layer.lora_B[_NAME].mT, layer.lora_A[_NAME]) for layer in _allocated(model)]
         grams = [rows @ rows.mT for pair in pairs for rows in pair]
-        terms = [(gram - torch.eye(len(gram)).to(gram)).square().sum() for gram in grams]
+        units = [torch.eye(len(g), dtype=g.dtype, device=g.device) for g in grams]
+        terms = [(g - unit).square().sum() for g, unit in zip(grams, units, strict=True)]
         return self.settings["orthogonality"] * sum(terms)
 
     @torch.no_grad()
@@ -344,7 +345,8 @@ class Allocation(Adaptation):
         deviation; a triplet as its value plus the mean entry of either vector. Nothing is read back
         to the host: how many are left is a function of the update alone.
         """
-        found = [layer for layer in _allocated(model) if layer.lora_E[_NAME].grad is not None]
+        found = [layer for layer in _allocated(model)
+                 if all(part.grad is not None for part in _triplets(layer).values())]  # fmt: skip
         if not found:
             return
         last = self._last(updates)

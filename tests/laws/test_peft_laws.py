@@ -148,6 +148,18 @@ def test_a_phase_that_freezes_the_adapters_divides_nothing():
     assert all(m.kept.all() for m in model.modules() if hasattr(m, "kept"))
 
 
+def test_what_acts_after_each_update_sees_the_step_and_its_gradients():
+    seen = []
+
+    class Watching(tk.classification):
+        def updated(self, model, update, updates):
+            seen.append((update, updates, model.head.weight.grad is not None))
+
+    settings = {"plan": tk.finetune(2), "batch_size": 4, "accumulate": 2}
+    tk.fit(tiny_convnet(), Watching(), some_images(22), **settings)
+    assert seen == [(update, 6, True) for update in range(6)]
+
+
 def test_below_the_first_adapter_features_are_cached_and_change_nothing():
     how = {"r": 4, "targets": "layer.1"}
     phase = {"epochs": 3, "lr": 0.03}
