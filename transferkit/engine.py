@@ -400,6 +400,7 @@ class Training:
         decisive = {name: getattr(self.settings, name) for name in _DECIDE_RESULT}
         plain = hasattr(self.objective, "__dataclass_fields__")
         tensors = checkpoint.tensors_of(self.model)
+        adaptation = getattr(self.model, "adaptation", None)
         return decisive | {
             "plan": [asdict(phase) for phase in self.phases],
             "objective": repr(self.objective) if plain else type(self.objective).__qualname__,
@@ -407,6 +408,7 @@ class Training:
             "data": self._content(self.source),
             "validation": self._content(self.held_out),
             "model": data.content_hash([(n, t.shape, t.dtype) for n, t in tensors.items()])[:16],
+            "adaptation": adaptation and [adaptation.method, adaptation.settings],
             "trainable": data.content_hash(sorted(self.allowed))[:16],
             "weights": checkpoint.weights_hash(tensors),
         }

@@ -130,6 +130,13 @@ def test_a_run_with_adapters_resumes_bit_for_bit(make, method, how, stopped, tmp
     assert same(state_of(model), state_of(whole)) and _rows(run) == _rows(expected)
 
 
+def test_a_run_does_not_go_on_with_adapters_of_another_scale(tmp_path):
+    settings = {"plan": tk.finetune(1), "directory": tmp_path}
+    _fit(tiny_convnet, tk.lora, {"alpha": 8.0, "targets": "all"}, **settings)
+    with pytest.raises(ValueError, match=r"another run \(adaptation: \['lora', .*8\.0"):
+        _fit(tiny_convnet, tk.lora, {"alpha": 16.0, "targets": "all"}, **settings)
+
+
 def test_adalora_ends_with_its_budget_divided_between_the_matrices():
     model, run = _fit(tiny_bert, tk.adalora, {"r": 2, "start": 4}, tk.finetune(4, lr=0.03))
     layers = [m for m in model.modules() if hasattr(m, "kept")]
