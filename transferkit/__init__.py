@@ -27,12 +27,14 @@ _MODULES = (
     "models",
     "objectives",
     "optim",
+    "peft",
     "plan",
     "preflight",
     "pretext",
     "profiles",
     "regularised",
     "show",
+    "vectors",
 )
 
 _NAMES = {
@@ -57,6 +59,15 @@ _NAMES = {
     "freeze": "layers",
     "unfreeze": "layers",
     "summary": "layers",
+    # parameter-efficient fine-tuning, and arithmetic with weights
+    "lora": "peft",
+    "adalora": "peft",
+    "ia3": "peft",
+    "adapters": "peft",
+    "prefix": "peft",
+    "merge": "peft",
+    "interpolate": "vectors",
+    "task_vector": "vectors",
     # objectives
     "classification": "objectives",
     "regression": "objectives",

@@ -26,7 +26,10 @@ from transferkit import __version__, distributed, optim, show
 from transferkit.data import content_hash
 
 FORMAT = 2
-LOADERS = ("transferkit.models.load",)  # a file must not choose what code runs
+LOADERS = (  # a file must not choose what code runs
+    "transferkit.models.load",
+    "transferkit.peft.rebuild",
+)
 LAST = "last.safetensors"
 
 
@@ -51,14 +54,19 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], origin: str | Path) ->
         ValueError: names or shapes differ; the first differences are named.
     """
     own = tensors_of(model)
+    check(own, tensors, origin)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str | Path) -> None:
+    """Raise what `fill` raises, if the stored tensors do not fit a model's own."""
     wrong = sorted(own.keys() ^ tensors.keys())
     wrong += [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
     if wrong:
         few = f"{len(wrong)} tensors differ in name or shape, the first {', '.join(wrong[:3])}"
         raise ValueError(f"{origin} does not fit the model: {few}; build it as it was then")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -244,18 +252,23 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     path = Path(directory) / "model.safetensors"
     tensors, about = read(path)
     if model is None:
-        model = _rebuild(about["recipe"], path)
+        model = build(about["recipe"], path)
     fill(model, tensors, path)
     if about["labels"] is not None:
         model.labels = about["labels"]
     return model.eval()
 
 
-def _rebuild(recipe: Mapping[str, Any] | None, path: Path) -> nn.Module:
+def build(recipe: Mapping[str, Any] | None, origin: str | Path) -> nn.Module:
+    """The architecture that a recipe describes, with fresh weights.
+
+    Raises:
+        ValueError: there is no recipe, or its loader is not one of `LOADERS`.
+    """
     loader = (recipe or {}).get("loader", "")
     if loader not in LOADERS:
         remedy = "pass the same architecture as tk.load(directory, model=...)"
-        raise ValueError(f"{path} does not say how to build its model: {remedy}")
+        raise ValueError(f"{origin} does not say how to build its model: {remedy}")
     arguments = dict(recipe["arguments"])
     arguments |= {"pretrained": False} if "pretrained" in arguments else {}  # weights: the file's
     module, _, name = loader.rpartition(".")

@@ -244,10 +244,9 @@ class _Carrier(nn.Module):
 
 class _Parallel:
     # What both ways have in common. There is one object for each phase.
-    penalty: Callable | None = None  # what the engine adds to a rank's first value of a step
-
-    def __init__(self, model, live, objective, optimizer):
+    def __init__(self, model, live, objective, optimizer, penalty):
         self.model, self.live, self.objective = model, live, objective
+        self.penalty: Callable | None = penalty  # added to a rank's first value of a step
         self.parameters = optim.named(optimizer)
         self.unreached: set[str] = set()
         self.moved: list[Tensor] = []  # buffers that a forward pass changes
@@ -327,14 +326,14 @@ class Replicas(_Parallel):
     Args:
         model, live: the model, and the part of it that the phase runs.
         optimizer: over the parameters that the phase trains.
+        penalty: a function of the model, added once a step, or None.
     """
 
-    def __init__(self, model, live, objective, optimizer):
-        super().__init__(model, live, objective, optimizer)
+    def __init__(self, model, live, objective, optimizer, penalty):
+        # the ranks' gradients are added up
+        share = None if penalty is None else lambda model: penalty(model) / ranks()
+        super().__init__(model, live, objective, optimizer, share)
         self.wrapped: nn.parallel.DistributedDataParallel | None = None
-        whole_penalty = getattr(objective, "penalty", None)
-        if whole_penalty is not None:  # the ranks' gradients are added up
-            self.penalty = lambda model: whole_penalty(model) / ranks()
 
     def rehearse(self, batch: Batch, autocast: Callable) -> None:
         super().rehearse(batch, autocast)
@@ -384,14 +383,14 @@ class Shards(_Parallel):
         ValueError: two modules share a parameter, which the units would part.
     """
 
-    def __init__(self, model, live, objective, optimizer):
+    def __init__(self, model, live, objective, optimizer, penalty):
         if len(list(live.parameters())) < len(list(live.named_parameters(remove_duplicate=False))):
             raise ValueError(
                 "the model uses a parameter in two places, and parallel='fsdp' would make two of "
                 "it: use parallel='ddp'"
             )
         self.plain, self.device = live, next(live.parameters()).device
-        self.whole_penalty = getattr(objective, "penalty", None)
+        self.whole_penalty = penalty
         if self.whole_penalty is None:
             model.to("cpu")
         twin = copy.deepcopy(live)
@@ -401,7 +400,7 @@ class Shards(_Parallel):
             group["params"] = [twins[name] for name in group["names"]]
             if "momentum" in group:  # divided tensors have no fused kernel of SGD
                 group |= {"fused": False, "foreach": True}
-        super().__init__(model, twin, objective, optimizer)
+        super().__init__(model, twin, objective, optimizer, None)
 
     def _loss(self, batch: Batch, last: bool) -> Loss:
         return self.carrier(self._told, batch)[1]

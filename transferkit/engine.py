@@ -266,7 +266,10 @@ class Training:
         self.source, self.held_out = train, validation
         self.phases, self.settings = phases, settings
         self.progress = show.Bar(progress if distributed.rank() == 0 else False)
-        self.penalty = getattr(objective, "penalty", None)
+        # what acts once an update: the objective, and the way in which the model is adapted
+        acting = (objective, getattr(model, "adaptation", None))
+        self.penalties = [part.penalty for part in acting if hasattr(part, "penalty")]
+        self.after_update = [part.updated for part in acting if hasattr(part, "updated")]
         self.parallel, self.idle = None, False  # of several ranks: how they train this phase
         self.autocast = devices.autocast(settings.device, settings.precision)
         higher = {m.__name__: getattr(m, "higher_is_better", True) for m in metrics}
@@ -280,6 +283,11 @@ class Training:
         self.whole = self.busy = self.stop = self.interrupted = False
         self.saved = self.started = time.monotonic()
         self.save_cost, self.best_file = 0.0, None
+        if self.after_update and (settings.parallel == "fsdp" or settings.precision == "fp16"):
+            raise ValueError(
+                "what adapts the model after each update needs whole, finite gradients: use "
+                "precision='bf16' or 'fp32', and parallel='ddp'"
+            )
         if settings.ranks > 1:
             distributed.same_weights(model)
         if settings.directory is not None:
@@ -302,6 +310,7 @@ class Training:
         layers.apply_modes(self.model)
         self.parameters = optim.named(self.optimizer)
         self.live, self.train, self.validation = self.model, self.source, self.held_out
+        self.penalty = self._penalty if self.penalties else None
         if phase.cache:
             self._attach_cache()
         self._wrap()
@@ -336,11 +345,14 @@ class Training:
         if self.stop and self.settings.ranks == 1:  # several stop together, between two steps
             raise KeyboardInterrupt
 
+    def _penalty(self, model: nn.Module) -> Tensor:
+        return sum(penalty(model) for penalty in self.penalties)
+
     def _divide(self) -> None:
         # Of several ranks: what depends on the phase.
         settings = self.settings
         kind = distributed.Shards if settings.parallel == "fsdp" else distributed.Replicas
-        self.parallel = kind(self.model, self.live, self.objective, self.optimizer)
+        self.parallel = kind(self.model, self.live, self.objective, self.optimizer, self.penalty)
         self.live, self.parameters = self.parallel.live, self.parallel.parameters
         self.plain = self.live
         self.penalty = self.parallel.penalty
@@ -529,6 +541,8 @@ class Training:
                 nn.utils.clip_grads_with_norm_(parameters, clip, norm, foreach=True)
             scaler.step(self.optimizer)
             self.flags.append((state.total, scaler.found))
+        for updated in self.after_update:
+            updated(self.model, state.update, self.updates)
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(state.update + 1, scaler)
@@ -610,11 +624,13 @@ class Training:
 
     def _identity(self) -> dict:
         # What a stored state must agree with, to be gone on from.
+        adaptation = getattr(self.model, "adaptation", None)
         tensors = checkpoint.tensors_of(self.model)
         return self.recipe() | {
             "data": self._content(self.source),
             "validation": self._content(self.held_out),
             "model": data.content_hash([(n, t.shape, t.dtype) for n, t in tensors.items()])[:16],
+            "adaptation": adaptation and [adaptation.method, adaptation.settings],
             "trainable": data.content_hash(sorted(self.allowed))[:16],
             "weights": checkpoint.weights_hash(tensors),
         }

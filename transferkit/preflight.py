@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transferkit import cache, data, devices, engine, layers, show
+from transferkit import cache, data, devices, distributed, engine, layers, show
 from transferkit.plan import Phase, finetune, require
 
 _READS = {"_local_scalar_dense", "item", "nonzero", "equal", "masked_select", "_unique2"}
@@ -92,7 +92,12 @@ def _rehearsed(model, objective, train, validation, phases, settings) -> Iterato
         model, objective, train, validation, plan=phases, **settings
     )
     arguments.apply_defaults()
-    given = arguments.arguments | {"directory": None, "progress": False}
+    given = arguments.arguments | {"directory": None, "progress": False, "compile": False}
+    if distributed.ranks() > 1:
+        raise ValueError(
+            f"{distributed.ranks()} ranks look before training: look in a single process, whose "
+            "findings hold for each of them"
+        )
     with untouched(model, devices.resolve_device(given["device"])):
         shared = [*model.modules(), *model.parameters(), *model.buffers()]
         given["objective"] = copy.deepcopy(objective, {id(part): part for part in shared})

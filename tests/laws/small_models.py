@@ -52,6 +52,18 @@ def tiny_encoder(seed: int = 0, width: int = 8, dropout: float = 0.2) -> tk.Stag
     )
 
 
+def tiny_bert(seed: int = 0, dropout: float = 0.2) -> tk.Staged:
+    """A BERT of transformers, staged as the shipped models are: two layers over 50 tokens."""
+    config = {
+        "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 50,
+        "num_attention_heads": 2, "max_position_embeddings": 16, "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout, "initializer_range": 0.3,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    stages = tk.models.text_stages(tk.models.bert(config, None), None, "tiny")
+    return tk.Staged([*stages, ("head", nn.Linear(8, 3))], labels=["a", "b", "c"]).eval()
+
+
 def tiny_convnet(seed: int = 0) -> tk.Staged:
     """Two convolutions with BatchNorm, a dropout stage and a head of three outputs."""
     torch.manual_seed(seed)
