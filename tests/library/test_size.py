@@ -65,12 +65,12 @@ def test_the_core_can_be_read_in_an_evening():
     sizes = {path.stem: lines_of_code(path.read_text("utf-8")) for path in FILES}
     core = {name: sizes[name] for name in CORE if name in sizes}
     assert len(core) >= 7
-    assert sum(core.values()) <= 2000, core
+    assert sum(core.values()) <= 2200, core
 
 
-def test_the_whole_library_stays_under_five_thousand_lines_of_code():
+def test_the_whole_library_stays_under_its_limit_of_lines_of_code():
     sizes = {path.name: lines_of_code(path.read_text("utf-8")) for path in FILES}
-    assert sum(sizes.values()) <= 5000, sizes
+    assert sum(sizes.values()) <= 6500, sizes
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
