@@ -16,37 +16,53 @@ def record(book: labs.Book) -> dict:
 
 
 def laws_table(book: labs.Book) -> str:
-    """Return law by system: what each does as documented, under a line about the run."""
+    """Return law by system, a table for each law, under a line about the run."""
     found = record(book)
     if not found:
         return MISSING
-    systems = found["systems"]
-    names = [f"{system['title']}" for system in systems.values()]
-    rows = [_row("", "the law", *names), "|---|---|" + "---|" * len(names)]
+    pieces, numbers = [_about(found)], {law["number"]: [] for law in found["laws"].values()}
     for key, law in found["laws"].items():
+        numbers[law["number"]].append(key)
+    for number, keys in numbers.items():
+        figures = dict.fromkeys(_figure(found["laws"][key]) for key in keys)
+        pieces.append(f"**Law {number}.** Figures: {'; '.join(figures)}.")
+        pieces.append(_answers(found, keys))
+    return "\n\n".join(pieces)
+
+
+def _answers(found: dict, keys: list[str]) -> str:
+    systems = found["systems"]
+    rows = [_row("law", *(system["title"] for system in systems.values()))]
+    rows.append("|---|" + "---|" * len(systems))
+    for key in keys:
         answers = [_cell(found["results"][key][system][0]) for system in systems]
-        limit = f", at most {law['limit']}" if law["limit"] else ""
-        rows.append(_row(law["number"], f"{law['asks']} ({law['figure']}{limit})", *answers))
-    return _about(found) + "\n\n" + "\n".join(rows)
+        rows.append(_row(found["laws"][key]["asks"], *answers))
+    return "\n".join(rows)
 
 
 def settings_table(book: labs.Book) -> str:
-    """Return what a setting changes, where it decides whether a law holds."""
+    """Return what a setting changes where it decides, a table for each system.
+
+    Systems that answer alike share a row.
+    """
     found = record(book)
     if not found:
         return MISSING
-    rows: dict[tuple[str, ...], list[str]] = {}  # systems that answer alike share a row
+    rows: dict[tuple[str, ...], list[str]] = {}
     for key, law in found["laws"].items():
-        asks = f"{law['number']}: {_whole(found['laws'], key)} ({law['figure']})"
         for system, about in found["systems"].items():
             first, *others = answers = found["results"][key][system]
             if others and any(answer["outcome"] != "holds" for answer in answers):
                 with_it = "<br>".join(f"{row['setting']}: {_cell(row)}" for row in others)
+                asks = f"{law['number']}: {_whole(found['laws'], key)}"
                 rows.setdefault((asks, _cell(first), with_it), []).append(about["title"])
-    lines = [_row("the law", "system", "as documented", "with a setting"), "|---|---|---|---|"]
-    for (asks, first, with_it), titles in rows.items():
-        lines.append(_row(asks, "; ".join(titles), first, with_it))
-    return "\n".join(lines)
+    tables: dict[str, list[str]] = {}
+    for cells, titles in rows.items():
+        tables.setdefault("; ".join(titles), []).append(_row(*cells))
+    head = [_row("law", "as documented", "with a setting"), "|---|---|---|"]
+    return "\n\n".join(
+        f"**{titles}**\n\n" + "\n".join(head + lines) for titles, lines in sorted(tables.items())
+    )
 
 
 def setups(book: labs.Book) -> str:
@@ -80,9 +96,14 @@ def _row(*cells: object) -> str:
 
 
 def _cell(answer: dict) -> str:
-    if answer["outcome"] == "holds":
-        return f"holds: {answer['shown']}"
-    return f"*{answer['outcome']}*: {answer['shown']}"
+    shown = answer["shown"].replace(" %", "\u00a0%").replace("× ", "×\u00a0")
+    if answer["outcome"] != "holds":
+        return f"*{answer['outcome']}*: {shown}"
+    return "holds" if shown.startswith("below") else f"holds: {shown}"
+
+
+def _figure(law: dict) -> str:
+    return law["figure"] + (f", at most {law['limit']}" if law["limit"] else "")
 
 
 def _whole(laws: dict, key: str) -> str:
