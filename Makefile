@@ -8,7 +8,7 @@ QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false TRANSFERKIT_PROGRESS=0
 PYTEST := $(QUIET) $(RUN) -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lab serve full bench diagrams lint lock clean
+.PHONY: help setup book test lab serve full bench peers diagrams lint lock clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -40,6 +40,10 @@ full: setup  ## run one lab at full size and record it: LAB=part/name
 bench: setup  ## measure a training step beside bare loops
 	@$(QUIET) $(RUN) benchmarks/step.py
 
+peers:  ## ask other libraries the same laws, in .venv-peers, and record the answers
+	@$(PYTHON) -m benchmarks.peers.environment
+	@$(QUIET) .venv-peers/bin/python -m benchmarks.peers.laws
+
 diagrams: setup  ## draw the diagrams whose source changed (needs npm and Chromium)
 	@$(RUN) -m tools.diagrams
 
@@ -51,5 +55,5 @@ lint: setup  ## check code style and spelling
 lock: setup  ## write requirements.lock anew from pyproject.toml
 	@$(RUN) -m tools.lock
 
-clean:  ## remove what was built (.venv too with ALL=1; the cache of assets stays)
-	rm -rf _build .pytest_cache .ruff_cache .hypothesis $(if $(ALL),.venv)
+clean:  ## remove what was built (.venv* too with ALL=1; the cache of assets stays)
+	rm -rf _build .pytest_cache .ruff_cache .hypothesis $(if $(ALL),.venv .venv-peers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Callable
 
-from tools import equations, labs
+from tools import equations, labs, peers
 
 
 def claims_table(book: labs.Book) -> str:
@@ -93,4 +93,7 @@ TABLES: dict[str, Callable[[labs.Book], str]] = {
     "recorded-table": recorded_table,
     "equations-table": equations.table,
     "asset-cards": asset_cards,
+    "peer-laws-table": peers.laws_table,
+    "peer-settings-table": peers.settings_table,
+    "peer-setups": peers.setups,
 }

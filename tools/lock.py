@@ -20,7 +20,7 @@ LINUX_ONLY = re.compile(r"(nvidia|cuda)-|triton==")
 LEFT_OUT = re.compile(r"(pip|transferkit)( @|==)|#|-e ")
 
 
-def lock_text(frozen: str, python: str) -> str:
+def lock_text(frozen: str, python: str, header: str = HEADER) -> str:
     """The lock for what `pip freeze --all` printed, sorted, Linux's own packages marked as such."""
     lines = [line for line in frozen.splitlines() if line and not LEFT_OUT.match(line)]
     foreign = [line for line in lines if not re.fullmatch(r"[\w.-]+==\S+", line)]
@@ -28,7 +28,7 @@ def lock_text(frozen: str, python: str) -> str:
         raise SystemExit(f"these do not come from a package index by version: {foreign}")
     marker = "; sys_platform == 'linux'"
     marked = [f"{line} {marker}" if LINUX_ONLY.match(line) else line for line in lines]
-    return HEADER.format(python=python) + "".join(
+    return header.format(python=python) + "".join(
         f"{line}\n" for line in sorted(marked, key=str.lower)
     )
 

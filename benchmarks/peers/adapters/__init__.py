@@ -1,0 +1,1 @@
+"""How each library makes a `Task`: as its own documentation shows it, and nothing more."""
