@@ -220,7 +220,7 @@ def _keep(job: Job) -> None:
         raise LabError(f"\n{job.lab.name} failed in the {job.profile} profile\n{output}")
     path = job.work / "lab.ipynb"
     notebook = json.loads(path.read_text("utf-8"))
-    lacks = labs.shortcomings(notebook, job.lab.declared)
+    lacks = labs.shortcomings(notebook, job.lab.declared, job.profile)
     lacks += [
         f"figure {name} was not saved"
         for name in job.lab.declared.get("figures", [])

@@ -241,8 +241,11 @@ def parameters(code: str) -> dict:
     return found
 
 
-def shortcomings(notebook: dict, declared: dict) -> list[str]:
-    """Say what an executed notebook lacks: a lab has run when every step it declares was made."""
+def shortcomings(notebook: dict, declared: dict, profile: str = "cpu") -> list[str]:
+    """Say what an executed notebook lacks: a lab has run when every step it declares was made.
+
+    `metadata.transferkit.full-claims` are those that only a run at full size makes.
+    """
     found = []
     for index, cell in code_cells(notebook):
         outputs = cell.get("outputs", [])
@@ -252,7 +255,8 @@ def shortcomings(notebook: dict, declared: dict) -> list[str]:
             found += [f"cell {index} {what}" for what in _blemishes(output)]
     for kind, mime in (("claim", CLAIM_MIME), ("figure", FIGURE_MIME)):
         made = Counter(data["name"] for _, data in displays(notebook, mime))
-        wanted = declared.get(f"{kind}s", [])
+        wanted = [*declared.get(f"{kind}s", [])]
+        wanted += declared.get("full-claims", []) if (kind, profile) == ("claim", "full") else []
         found += [f"{kind} {n} is declared but was not made" for n in wanted if n not in made]
         found += [
             f"{kind} {n} was made but is not declared: add it to metadata.transferkit.{kind}s"
