@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Callable
 
-from tools import equations, labs
+from tools import benchmarks, equations, labs
 
 
 def claims_table(book: labs.Book) -> str:
@@ -93,4 +93,5 @@ TABLES: dict[str, Callable[[labs.Book], str]] = {
     "recorded-table": recorded_table,
     "equations-table": equations.table,
     "asset-cards": asset_cards,
+    **benchmarks.directives(),
 }

@@ -22,7 +22,7 @@ from sphinx.util.docutils import SphinxDirective
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools import appendix, claims, equations, keys, labs, prose
+from tools import appendix, benchmarks, claims, equations, keys, labs, prose
 
 logger = logging.getLogger(__name__)
 CLAIMS_PAGE = "book/appendix/claims"
@@ -37,7 +37,7 @@ def setup(app: Sphinx) -> dict:
     app.add_role("claim", claim_role)
     for name in appendix.TABLES:
         app.add_directive(name, Generated)
-    parts = [sys.modules[__name__], appendix, claims, equations, keys, labs, prose]
+    parts = [sys.modules[__name__], appendix, benchmarks, claims, equations, keys, labs, prose]
     digest = hashlib.sha256(b"".join(Path(part.__file__).read_bytes() for part in parts))
     return {
         "version": "1",
@@ -225,7 +225,7 @@ def anchor(kind: str, name: str) -> str:
 
 
 class Generated(SphinxDirective):
-    """A table of the appendix, made from executed labs, tests or the assets manifest."""
+    """A table of the appendix, made from what was executed, recorded, tested or declared."""
 
     def run(self) -> list[nodes.Node]:
         self.env.note_reread()
