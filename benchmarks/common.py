@@ -8,7 +8,6 @@ import contextlib
 import gc
 import json
 import logging
-import math
 import os
 import platform
 import shutil
@@ -136,13 +135,13 @@ def absent(system: System) -> Row:
 
 def table(
     title: str, columns: Sequence[tuple[str, str, str]], rows: Sequence[Row],
-    chart: tuple[str, str] | None = None,
+    chart: tuple[str, str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """A table as the result file holds it.
 
     Args:
         columns: key in the rows, heading, format of a number ("" for text).
-        chart: key and axis label of the column that is also drawn.
+        chart: of the column that is also drawn: key, label of the axis, "linear" or "log".
     """
     return {"title": title, "columns": columns, "rows": list(rows), "chart": chart}
 
@@ -204,13 +203,13 @@ def save(folder: Path, parts: Mapping[str, Any], targets: Sequence[Row]) -> None
 
 
 def _draw(path: Path, found: Mapping[str, Any]) -> None:
-    # Horizontal bars with their numbers; a logarithmic axis where the longest would hide the rest.
+    # horizontal bars with their numbers
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    key, label = found["chart"]
+    key, label, scale = found["chart"]
     rows = [row for row in found["rows"] if row.get(key)]
     names, values = [row["system"] for row in rows], [row[key] for row in rows]
     figures.use_style()
@@ -219,10 +218,11 @@ def _draw(path: Path, found: Mapping[str, Any]) -> None:
     colours = figures.COLOURS
     ours = [colours["blue" if name.startswith("transferkit") else "sky"] for name in names]
     bars = axis.barh(names, values, color=ours)
-    axis.bar_label(bars, [f"{value:,.3g}" for value in map(_rounded, values)], padding=3)
-    if max(values) > 20 * min(values):
-        axis.set_xscale("log")
-    axis.set(xlabel=label, ylabel="system")
+    axis.bar_label(bars, [_short(value) for value in values], padding=3)
+    axis.set(xlabel=label, ylabel="system", xscale=scale)
+    if scale == "linear":
+        axis.locator_params(axis="x", nbins=5)
+        axis.xaxis.set_major_formatter("{x:,g}")
     axis.margins(x=0.15)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
@@ -230,5 +230,5 @@ def _draw(path: Path, found: Mapping[str, Any]) -> None:
     plt.close(figure)
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.3g}") if math.isfinite(value) else value
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -43,7 +43,9 @@ def measure(tiny: bool) -> dict[str, Any]:
     return {
         "about": common.about(repeats, tiny, began),
         "tables": {
-            "frozen": common.table(title, COLUMNS, rows, ("seconds", "seconds for all epochs"))
+            "frozen": common.table(
+                title, COLUMNS, rows, ("seconds", "seconds for all epochs", "log")
+            )
         },
         "notes": common.notes(systems),
         "epochs": task.epochs,

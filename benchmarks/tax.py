@@ -27,9 +27,9 @@ COLUMNS = (
     ("system", "system", ""),
     ("microseconds", "µs an update", ",.0f"),
     ("tax", "µs more than the first", ",.0f"),
-    ("ratio", "times the first", ".2f"),
+    ("ratio", "time, times the first", ".2f"),
     ("calls", "Python calls", ",.0f"),
-    ("calls_ratio", "times the first", ".2f"),
+    ("calls_ratio", "calls, times the first", ".2f"),
     ("operators", "operators", ",.0f"),
     ("reads", "host reads", ".0f"),
     ("reads_mean", "host reads, mean", ".2f"),
@@ -52,7 +52,7 @@ def measure(tiny: bool) -> dict[str, Any]:
         found = steps("linear model", entries, repeats)
         about = common.about(repeats, tiny, began)
     title = f"A linear model of {width} inputs, batches of {plain.batch_size}, one thread"
-    chart = ("microseconds", "microseconds an update")
+    chart = ("microseconds", "microseconds an update", "linear")
     tables = {"linear": common.table(title, COLUMNS, found, chart)}
     return {"about": about, "tables": tables, "notes": common.notes(systems)}
 

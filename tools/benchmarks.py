@@ -87,23 +87,31 @@ def notes(result: Mapping[str, Any]) -> str:
 
 
 def machine(result: Mapping[str, Any]) -> str:
-    """Return when, on what and with which versions each part was measured."""
-    return "\n".join(f"- {name}: {_about(part['about'])}" for name, part in result["parts"].items())
+    """Return when each part was measured, and on what; what parts have in common is said once."""
+    runs = {name: part["about"] for name, part in result["parts"].items()}
+    lines = [f"- {name}: {_occasion(run)}" for name, run in runs.items()]
+    return "\n".join([*lines, *dict.fromkeys(f"- {_place(run)}" for run in runs.values())])
 
 
-def _about(run: Mapping[str, Any]) -> str:
+def _occasion(run: Mapping[str, Any]) -> str:
     pieces = [
         f"{run['started'][:16].replace('T', ' ')} UTC, {run['seconds'] / 60:.0f} min",
-        f"{labs.machine(run)}, {run['memory_gib']:g} GiB, {run['system']}",
         f"least of {run['repeats']}",
-        f"the faster precision here is {run['precision']}",
-        f"C++ compiler: {run['compiler'] or 'none'}",
-        ", ".join(f"{package} {version}" for package, version in run["versions"].items()),
+        "one thread" if run["threads"] == 1 else f"{run['threads']} threads",
         f"commit {run['commit'] or 'unknown'}",
     ]
     if run["tiny"]:
         pieces.append("**the tiny setting: these numbers mean nothing**")
     return "; ".join(pieces + [f"**{run['warning']}**"] * bool(run.get("warning")))
+
+
+def _place(run: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
+    return (
+        f"{run['cpu']}, {run['cores']} cores, {run['memory_gib']:g} GiB, {run['system']}; the "
+        f"faster precision here is {run['precision']}; C++ compiler: {run['compiler'] or 'none'}; "
+        f"{versions}"
+    )
 
 
 def _line(cells: list[str]) -> str:

@@ -9,7 +9,6 @@ from benchmarks.systems import System
 from benchmarks.systems.bare import features
 from benchmarks.tasks import Task
 
-
 PENALTY = 0.03  # the inverse of its strength
 
 
