@@ -203,7 +203,8 @@ def save(folder: Path, parts: Mapping[str, Any], targets: Sequence[Row]) -> None
 
 
 def _draw(path: Path, found: Mapping[str, Any]) -> None:
-    # horizontal bars with their numbers
+    # Bars, or dots on a logarithmic axis, where a bar's length would mean nothing; each with its
+    # number.
     import matplotlib
 
     matplotlib.use("agg")
@@ -217,15 +218,20 @@ def _draw(path: Path, found: Mapping[str, Any]) -> None:
     figure, axis = plt.subplots(figsize=(7.0, 1.3 + 0.42 * len(rows)))
     colours = figures.COLOURS
     ours = [colours["blue" if name.startswith("transferkit") else "sky"] for name in names]
-    bars = axis.barh(names, values, color=ours)
-    axis.bar_label(bars, [_short(value) for value in values], padding=3)
+    if scale == "log":
+        axis.scatter(values, names, color=ours, s=80)
+    else:
+        axis.barh(names, values, color=ours)
+    for at, value in enumerate(values):
+        how = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+        axis.annotate(_short(value), (value, at), **how)
+    axis.margins(x=0.18)
     axis.set(xlabel=label, ylabel="system", xscale=scale)
     if scale == "linear":
         axis.locator_params(axis="x", nbins=5)
         axis.xaxis.set_major_formatter("{x:,g}")
-    axis.margins(x=0.15)
     axis.invert_yaxis()
-    axis.grid(axis="y", visible=False)
+    axis.grid(axis="y", visible=scale == "log")
     figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
 
