@@ -37,8 +37,11 @@ full: setup  ## run one lab at full size and record it: LAB=part/name
 	@test -n "$(LAB)" || { echo "make full: name the lab, LAB=part/name"; exit 2; }
 	@$(RUN) -m tools.execute --profile full $(LAB)
 
-bench: setup  ## measure a training step beside bare loops
-	@$(QUIET) $(RUN) benchmarks/step.py
+bench: setup  ## measure training beside other libraries: hours, on an idle machine
+	@$(PYTHON) -m benchmarks.peers.environment
+	@python=.venv-peers/bin/python; test -x $$python || python=$(RUN); \
+		TRANSFERKIT_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=. \
+		$$python -m benchmarks $(PARTS)
 
 peers:  ## ask other libraries the same laws, in .venv-peers, and record the answers
 	@$(PYTHON) -m benchmarks.peers.environment

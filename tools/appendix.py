@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Callable
 
-from tools import equations, labs, peers
+from tools import api, benchmarks, equations, labs, peers
 
 
 def claims_table(book: labs.Book) -> str:
@@ -88,12 +88,19 @@ def _file(file: dict) -> str:
     return f"- {member}, each with the SHA-256 that the archive's own record gives"
 
 
+def api_reference(_book: labs.Book) -> str:
+    """Return the reference of the library, from its docstrings."""
+    return api.reference()
+
+
 TABLES: dict[str, Callable[[labs.Book], str]] = {
     "claims-table": claims_table,
     "recorded-table": recorded_table,
     "equations-table": equations.table,
     "asset-cards": asset_cards,
+    "api-reference": api_reference,
     "peer-laws-table": peers.laws_table,
     "peer-settings-table": peers.settings_table,
     "peer-setups": peers.setups,
+    **benchmarks.directives(),
 }

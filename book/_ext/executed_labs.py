@@ -22,10 +22,11 @@ from sphinx.util.docutils import SphinxDirective
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools import appendix, claims, equations, keys, labs, peers, prose
+from tools import api, appendix, benchmarks, claims, equations, keys, labs, peers, prose
 
 logger = logging.getLogger(__name__)
 CLAIMS_PAGE = "book/appendix/claims"
+SECTIONED = ("asset-cards", "api-reference")  # these have headings, for the table of contents
 
 
 def setup(app: Sphinx) -> dict:
@@ -37,7 +38,8 @@ def setup(app: Sphinx) -> dict:
     app.add_role("claim", claim_role)
     for name in appendix.TABLES:
         app.add_directive(name, Generated)
-    parts = [sys.modules[__name__], appendix, claims, equations, keys, labs, peers, prose]
+    made_by = (api, appendix, benchmarks, claims, equations, keys, labs, peers, prose)
+    parts = [sys.modules[__name__], *made_by]
     digest = hashlib.sha256(b"".join(Path(part.__file__).read_bytes() for part in parts))
     return {
         "version": "1",
@@ -225,7 +227,7 @@ def anchor(kind: str, name: str) -> str:
 
 
 class Generated(SphinxDirective):
-    """A table of the appendix, made from executed labs, tests or the assets manifest."""
+    """A table of the appendix, made from what was executed, recorded, tested or declared."""
 
     def run(self) -> list[nodes.Node]:
         self.env.note_reread()
@@ -233,4 +235,4 @@ class Generated(SphinxDirective):
         source, _ = self.get_source_info()
         holder = nodes.container(classes=["tk-generated", self.name])
         self.state.nested_parse(StringList(text.split("\n"), source), 0, holder)
-        return holder.children if self.name == "asset-cards" else [holder]
+        return holder.children if self.name in SECTIONED else [holder]

@@ -94,6 +94,14 @@ def test_a_figure_that_was_not_made_is_a_shortcoming(book):
     assert found == ["figure small.curve is declared but was not made"]
 
 
+def test_claims_of_a_run_at_full_size_are_asked_for_there_alone(book):
+    notebook = json.loads(book.lab("small").executed.read_text("utf-8"))
+    declared = book.lab("small").declared | {"full-claims": ["small.large"]}
+    assert labs.shortcomings(notebook, declared) == []
+    found = labs.shortcomings(notebook, declared, "full")
+    assert found == ["claim small.large is declared but was not made"]
+
+
 def test_a_claim_made_twice_or_undeclared_is_a_shortcoming(book):
     notebook = json.loads(book.lab("small").executed.read_text("utf-8"))
     found = labs.shortcomings(notebook, {"claims": ["small.share"], "figures": ["small.curve"]})

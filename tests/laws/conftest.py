@@ -10,17 +10,22 @@ import torch
 _GIVEN = os.environ.get("TRANSFERKIT_CACHE")
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_an_own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("TRANSFERKIT_CACHE", str(tmp_path / "cache"))
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    """Also while a module's own fixtures are made: dropout draws by the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def an_own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRANSFERKIT_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
-def shared_assets(one_thread_and_an_own_cache, monkeypatch):
+def shared_assets(an_own_cache, monkeypatch):
     """For tests of shipped models: the cache that holds the downloaded assets."""
     if _GIVEN is None:
         monkeypatch.delenv("TRANSFERKIT_CACHE")
