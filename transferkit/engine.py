@@ -935,11 +935,13 @@ def _prepare(model, objective, train, validation, plan, metrics, progress, **giv
     given.parallel = (given.parallel or "ddp") if given.ranks > 1 else None
     additive = getattr(objective, "additive", False) and hasattr(objective, "counts")
     if given.accumulate * given.ranks > 1 and not additive:
+        shared = f" on {given.ranks} ranks" if given.ranks > 1 else ""
+        remedy = "train in a single process" if given.ranks > 1 else "use accumulate=1"
         raise ValueError(
-            f"accumulate is {given.accumulate} on {given.ranks} ranks, but the objective "
+            f"accumulate is {given.accumulate}{shared}, but the objective "
             f"{type(objective).__name__} couples the items of a batch (additive is False) or has "
-            "no counts(batch): parts of a batch would give another gradient; use accumulate=1 "
-            "with a larger batch_size, in a single process"
+            f"no counts(batch): parts of a batch would give another gradient; {remedy} with a "
+            "larger batch_size"
         )
     given.seed = int(given.seed)  # of NumPy it would overflow where it is mixed
     given.device = devices.resolve_device(given.device)
