@@ -78,7 +78,7 @@ def pictures(parallel: str, directory: Path | None = None, workers: int = 0):
     run = tk.fit(
         model, tk.classification(), data, some_images(26), plan=plan, batch_size=3,
         metrics=[tk.accuracy], monitor="loss", parallel=parallel, directory=directory,
-        workers=workers, save_every=0.0,
+        workers=int(workers), save_every=0.0,
     )  # fmt: skip
     return model, run
 
