@@ -43,7 +43,8 @@ def module(found: ModuleType, name: str) -> Iterator[str]:
     short = {target: alias for alias, target in _aliases(name)}
     for key, value in public(found):
         title = f"tk.{short.get(key, f'{name}.{key}')}"
-        yield f"(api-{name}-{key})=\n### `{title}`"
+        # names of labels do not tell small letters from capitals
+        yield f"(api-{name}-{'class-' * inspect.isclass(value)}{key})=\n### `{title}`"
         yield f"```python\n{signature(key, value)}\n```"
         yield markdown(inspect.getdoc(value) or "")
         if inspect.isclass(value):

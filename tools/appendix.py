@@ -34,8 +34,9 @@ def recorded_table(book: labs.Book) -> str:
 def _about(run: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     commit = f", commit {run['commit']}" if run.get("commit") else ""
+    note = f" ({run['note']})" if run.get("note") else ""  # where a run was interrupted and resumed
     return (
-        f"profile {run['profile']}, seed {run['seed']}: {run['seconds']:.0f} s and "
+        f"profile {run['profile']}, seed {run['seed']}: {run['seconds']:.0f} s{note} and "
         f"{run['peak_memory_mib']:,} MiB on {labs.machine(run)}; "
         f"{run['started'][:16].replace('T', ' ')} UTC; {versions}{commit}"
     )

@@ -350,7 +350,7 @@ CASES = [
     ("seed as text", _fits(seed="a"), V, r"give a whole number in \[0, 2\*\*63\)"),
     ("negative seed", _fits(seed=-1), V, r"seed is -1: give a whole number in \[0, 2\*\*63\)"),
     ("negative workers", _fits(workers=-1), V, "a number of processes; 0 fetches in this one"),
-    ("unknown precision", _fits(precision="fp8"), V, "'fp8': give 'auto', 'fp32', 'bf16' or 'fp16'"),
+    ("unknown precision", _fits(precision="fp8"), V, "give 'auto', 'fp32', 'bf16' or 'fp16'"),
     ("unknown device", _fits(device="abacus"), V, "'abacus': give 'auto', 'cpu' or 'cuda'"),
     ("device that is not there", _fits(device="cuda:99"), V,
      "give 'auto' or 'cpu', or install the build of torch for that device"),
