@@ -26,10 +26,18 @@ WIDTH = 88
 
 
 def reference() -> str:
-    """Return a section for each module and under it an entry for each public name."""
-    return "\n\n".join(
-        piece for name in transferkit._MODULES for piece in module(_import(name), name)
-    )
+    """Return a table of the modules, then a section for each with an entry for each public name."""
+    found = {name: _import(name) for name in transferkit._MODULES}
+    rows = [f"| [`{name}`](#api-{name}) | {_first(part)} |" for name, part in found.items()]
+    table = "\n".join(["| Module | What it is for |", "|---|---|", *rows])
+    sections = (piece for name, part in found.items() for piece in module(part, name))
+    return "\n\n".join([table, *sections])
+
+
+def _first(found: ModuleType) -> str:
+    """The first sentence of a module's docstring."""
+    text = " ".join(inspect.cleandoc(found.__doc__ or "").split("\n\n")[0].split())
+    return text.split(". ")[0].removesuffix(".") + "."
 
 
 def _import(name: str) -> ModuleType:
