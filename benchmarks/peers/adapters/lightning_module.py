@@ -148,7 +148,7 @@ class Lightning(Adapter):
         batches = loader(Items(task.train), batch_size=task.batch_size, shuffle=True)
         trainer.fit(module, batches, held_out, ckpt_path=last)
         if task.best:
-            stored = torch.load(keeping.best_model_path, weights_only=False)
+            stored = torch.load(keeping.best_model_path, weights_only=True)
             module.load_state_dict(stored["state_dict"])
 
     def evaluate(self, task: Task, batch_size: int) -> float:
