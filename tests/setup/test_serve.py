@@ -29,7 +29,11 @@ class Served:
 
     def __init__(self, *options: str):
         command = [sys.executable, "-m", "tools.serve", *options]
-        self.process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
+        # a shell that runs the tests in the background lets them ignore Ctrl-C
+        heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, text=True, stdout=subprocess.PIPE, **heard
+        )
         self.said = self.process.stdout.readline()
         self.port = int(re.search(r":(\d+)/", self.said)[1])
 
