@@ -306,7 +306,8 @@ def test_a_merged_model_is_the_plain_architecture_with_the_same_outputs(make, in
         return
     outputs = model(inputs)
     assert tk.merge(model) is model
-    assert (model(inputs) - outputs).abs().max() < 1e-5
+    # float32: a normalisation over a few numbers may magnify the last digit
+    assert (model(inputs) - outputs).abs().max() < 1e-4
     assert str(model) == str(plain) and list(model.state_dict()) == list(plain.state_dict())
     assert _trained_names(model) == {name for name, _ in plain.named_parameters()}
     with pytest.raises(ValueError, match="the model holds none of lora"):
