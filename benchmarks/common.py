@@ -71,17 +71,6 @@ def timed(system: System, task: Task) -> tuple[float, nn.Module]:
         return time.perf_counter() - start, model
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """For steps so small that threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def warm_up(system: System, task: Task) -> None:
     """Train on two batches: imports and first calls must not be timed."""
     timed(system, task.but(data=task.data.first(2 * task.batch_size), epochs=1))

@@ -11,6 +11,7 @@ from benchmarks import common, tax
 from benchmarks.counters import Lengths
 from benchmarks.systems import System, chosen
 from benchmarks.tasks import Task, Texts, film_reviews, random_texts, small_bert
+from benchmarks.threads import one_thread
 
 STEP = ("bare loop, DataLoader", "transferkit", "HF Trainer", "HF Trainer, tuned", "Lightning",
         "fastai", "skorch")  # fmt: skip
@@ -55,7 +56,7 @@ def _steps(systems: list[System], tiny: bool, repeats: int) -> dict[str, Any]:
     texts = random_texts(256 if tiny else 1600, 32, 32)
     task = Task(texts, small_bert(hidden=width), epochs=1 if tiny else 3, lr=5e-5)
     entries = {system.name: (system, task) for system in systems if system.name in STEP}
-    with common.one_thread():
+    with one_thread():
         rows = tax.steps("small BERT", entries, repeats)
     title = f"A BERT of 2 layers and {width} dimensions, 32 texts of 32 tokens a batch, one thread"
     return common.table(title, tax.COLUMNS, rows)

@@ -18,6 +18,7 @@ import transferkit as tk
 from benchmarks import common, counters
 from benchmarks.systems import System, chosen
 from benchmarks.tasks import Task, random_rows
+from benchmarks.threads import one_thread
 
 SYSTEMS = ("bare loop", "bare loop, DataLoader", "transferkit", "HF Trainer", "HF Trainer, tuned",
            "Lightning", "fastai", "skorch")  # fmt: skip
@@ -48,7 +49,7 @@ def measure(tiny: bool) -> dict[str, Any]:
     systems = chosen(SYSTEMS)
     entries = {system.name: (system, plain) for system in systems}
     entries[CACHED] = (entries["transferkit"][0], probe)
-    with common.one_thread():
+    with one_thread():
         found = steps("linear model", entries, repeats)
         about = common.about(repeats, tiny, began)
     title = f"A linear model of {width} inputs, batches of {plain.batch_size}, one thread"

@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module, metadata
@@ -39,6 +38,7 @@ from benchmarks.peers.tasks import (
     state_of,
     twin_in_inference,
 )
+from benchmarks.threads import one_thread
 
 RECORD = Path(__file__).resolve().parents[2] / "book" / "recorded" / "peer-laws.json"
 ADAPTERS = {
@@ -483,17 +483,6 @@ def _row(each: Law, adapter: Adapter, setting: str, options: dict) -> dict:
         "figure": found.figure,
         "shown": shown,
     }
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread, so that the figures are the same again."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _processor() -> str:
