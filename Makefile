@@ -37,7 +37,7 @@ full: setup  ## run one lab at full size and record it: LAB=part/name
 	@test -n "$(LAB)" || { echo "make full: name the lab, LAB=part/name"; exit 2; }
 	@$(RUN) -m tools.execute --profile full $(LAB)
 
-bench: setup  ## measure training beside other libraries: hours, on an idle machine
+bench: setup  ## measure training beside other libraries: an hour, on an idle machine
 	@$(PYTHON) -m benchmarks.peers.environment
 	@python=.venv-peers/bin/python; test -x $$python || python=$(RUN); \
 		TRANSFERKIT_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=. \

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 PARTS = ("tax", "encoder", "frozen", "options")
-MINUTES = {"tax": 3, "encoder": 60, "frozen": 70, "options": 5}  # about, on two cores
+MINUTES = {"tax": 3, "encoder": 20, "frozen": 30, "options": 5}  # about, on two cores
 
 
 def main(arguments: list[str] | None = None) -> None:
