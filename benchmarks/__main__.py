@@ -36,18 +36,18 @@ def main(arguments: list[str] | None = None) -> None:
 
     default = ("_build", "benchmarks") if given.tiny else ("book", "recorded")
     folder = given.output or common.ROOT.joinpath(*default)
-    warning = "" if given.tiny else common.busy()
     if not given.tiny:
         common.say(f"{', '.join(names)}: about {sum(MINUTES[name] for name in names)} minutes")
-    if warning:
-        common.say(warning)
+    load = common.load()  # once: later it is the measurement's own
+    if load >= 0.5 and not given.tiny:
+        common.say(f"load {load}: if other programs use this machine, the seconds are wrong")
     file, parts = folder / "benchmarks.json", {}
     if file.exists():
         parts = json.loads(file.read_text("utf-8"))["parts"]
     for name in names:
         start = time.monotonic()
         parts[name] = importlib.import_module(f"benchmarks.{name}").measure(given.tiny)
-        parts[name]["about"]["warning"] = warning
+        parts[name]["about"]["load"] = load
         parts = {part: parts[part] for part in PARTS if part in parts}
         common.save(folder, parts, targets(parts))
         common.say(f"{name}: done in {time.monotonic() - start:.0f} s")

@@ -170,12 +170,9 @@ def compiler() -> str | None:
     return next(filter(shutil.which, (os.environ.get("CXX") or "g++", "c++", "clang++")), None)
 
 
-def busy() -> str:
-    """A warning if other programs use the processor, else nothing."""
-    load = os.getloadavg()[0]
-    if load < 0.5:
-        return ""
-    return f"other programs use this machine (load {load:.1f}): the seconds will be wrong"
+def load() -> float:
+    """How many programs wanted the processor in the last minute, on average."""
+    return round(os.getloadavg()[0], 2)
 
 
 def save(folder: Path, parts: Mapping[str, Any], targets: Sequence[Row]) -> None:

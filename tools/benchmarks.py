@@ -99,10 +99,11 @@ def _occasion(run: Mapping[str, Any]) -> str:
         f"least of {run['repeats']}",
         "one thread" if run["threads"] == 1 else f"{run['threads']} threads",
         f"commit {run['commit'] or 'unknown'}",
+        f"load {run['load']:g} before the run",
     ]
     if run["tiny"]:
         pieces.append("**the tiny setting: these numbers mean nothing**")
-    return "; ".join(pieces + [f"**{run['warning']}**"] * bool(run.get("warning")))
+    return "; ".join(pieces)
 
 
 def _place(run: Mapping[str, Any]) -> str:
