@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,7 +35,7 @@ LAST = "last.safetensors"
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, shared ones once, under their first name."""
-    found: dict[tuple, tuple[str, Tensor]] = {}
+    found: dict[object, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict().items():
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         found.setdefault(place if tensor.numel() else name, (name, tensor))
@@ -105,7 +105,7 @@ def _unwritable(path: Path, error: Exception) -> OSError:
     return OSError(text) if number is None else OSError(number, text)
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict]:
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the dictionary of a file that `write` made.
 
     Raises:
@@ -167,7 +167,7 @@ def save_run(
     tensors |= {f"average/{name}": tensor for name, tensor in average.items()}
     if distributed.rank() == 0:
         if best:
-            write(directory / best_file, best, {"labels": about["labels"]})
+            write(directory / about["best_file"], best, {"labels": about["labels"]})
         write(directory / LAST, tensors, about)
         for path in directory.glob("best-*.safetensors"):
             if path.name != best_file:
@@ -175,7 +175,7 @@ def save_run(
     distributed.wait()  # whoever reads next finds it
 
 
-def load_run(directory: Path, identity: Mapping[str, Any]) -> tuple[dict, ...] | None:
+def load_run(directory: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
     """Weights, moments, averages, best weights and `about` of `save_run`; None if nothing is there.
 
     Raises:
@@ -190,14 +190,14 @@ def load_run(directory: Path, identity: Mapping[str, Any]) -> tuple[dict, ...] |
             raise _unwritable(directory, error) from error
         return None
     tensors, about = read(directory / LAST)
-    parts: dict[str, dict] = {"model": {}, "moments": {}, "average": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "moments": {}, "average": {}}
     for key, tensor in tensors.items():
         kind, name = key.split("/", 1)
         parts[kind][name] = tensor
-    stored, identity = about["identity"], json.loads(json.dumps(identity, default=_plain))
-    if identity.get("weights") == weights_hash(parts["model"]):
-        identity["weights"] = stored["weights"]  # the very model that was interrupted
-    changes = [f"{k}: {stored.get(k)!r} → {v!r}" for k, v in identity.items() if stored.get(k) != v]
+    stored, wanted = about["identity"], json.loads(json.dumps(identity, default=_plain))
+    if wanted.get("weights") == weights_hash(parts["model"]):
+        wanted["weights"] = stored["weights"]  # the very model that was interrupted
+    changes = [f"{k}: {stored.get(k)!r} → {v!r}" for k, v in wanted.items() if stored.get(k) != v]
     if changes:
         raise ValueError(
             f"{directory} holds another run ({'; '.join(changes)}): go on with the model, data and "
@@ -265,11 +265,12 @@ def build(recipe: Mapping[str, Any] | None, origin: str | Path) -> nn.Module:
     Raises:
         ValueError: there is no recipe, or its loader is not one of `LOADERS`.
     """
-    loader = (recipe or {}).get("loader", "")
+    recipe = recipe or {}
+    loader = recipe.get("loader", "")
     if loader not in LOADERS:
         remedy = "pass the same architecture as tk.load(directory, model=...)"
         raise ValueError(f"{origin} does not say how to build its model: {remedy}")
     arguments = dict(recipe["arguments"])
     arguments |= {"pretrained": False} if "pretrained" in arguments else {}  # weights: the file's
     module, _, name = loader.rpartition(".")
-    return getattr(importlib.import_module(module), name)(**arguments)
+    return cast(nn.Module, getattr(importlib.import_module(module), name)(**arguments))

@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
 _POOL = 64  # batches that are sorted by length together
 
@@ -42,8 +45,10 @@ class Batch:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         inputs, labels = self.inputs, self.labels
-        single = isinstance(inputs, Tensor)
-        inputs = change(inputs) if single else {n: change(part) for n, part in inputs.items()}
+        if isinstance(inputs, Tensor):
+            inputs = change(inputs)
+        else:
+            inputs = {name: change(part) for name, part in inputs.items()}
         return Batch(inputs, None if labels is None else change(labels), self.index)
 
     def item(self, at: int) -> Batch:
@@ -75,13 +80,18 @@ class Source(Protocol):
             e mod k, None where every epoch shows a new one.
     """
 
-    labels: Tensor | None
-    lengths: np.ndarray | None
-    views: int | None
+    @property
+    def labels(self) -> Tensor | None: ...
+
+    @property
+    def lengths(self) -> np.ndarray | None: ...
+
+    @property
+    def views(self) -> int | None: ...
 
     def __len__(self) -> int: ...
 
-    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+    def fetch(self, indices: Sequence[int] | np.ndarray, epoch: int | None, seed: int) -> Batch:
         """The items `indices` as they look in `epoch`; `epoch=None` means unaugmented."""
 
     def fingerprint(self) -> str | None:
@@ -134,7 +144,7 @@ def in_sequence(count: int, batch_size: int, lengths: np.ndarray | None) -> list
     return [items[at : at + batch_size] for at in range(0, count, batch_size)]
 
 
-class _Fetches(torch.utils.data.Dataset):
+class _Fetches(Dataset[Batch]):
     # One item of this data set is one batch, so that a worker fetches a whole batch at once.
     def __init__(self, source: Source, batches: Sequence[np.ndarray], epoch: int | None, seed: int):
         self.source, self.batches, self.epoch, self.seed = source, batches, epoch, seed
@@ -159,8 +169,8 @@ def stream(
         fetched = map(fetches.__getitem__, range(len(batches)))
         return map(Batch.pin_memory, fetched) if pin else fetched
     # With a generator of its own: the loader's draw of a base seed must not move the run's.
-    own, whole = torch.Generator(), {"batch_size": None, "num_workers": workers}
-    return iter(torch.utils.data.DataLoader(fetches, generator=own, pin_memory=pin, **whole))
+    own = torch.Generator()
+    return iter(DataLoader(fetches, None, num_workers=workers, pin_memory=pin, generator=own))
 
 
 def content_hash(*parts: Any) -> str:
@@ -170,7 +180,7 @@ def content_hash(*parts: Any) -> str:
         if isinstance(part, Tensor):
             digest.update(repr((part.dtype, tuple(part.shape))).encode())
             part = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(part.numpy())
+            digest.update(part.numpy().data)
         else:
             digest.update(repr(part).encode())
     return digest.hexdigest()
@@ -179,35 +189,35 @@ def content_hash(*parts: Any) -> str:
 def _labels_for(count: int, labels: Any) -> Tensor | None:
     if count < 1:
         raise ValueError("the data are empty, but at least one item is expected: check the split")
-    labels = None if labels is None else _tensor(labels)
-    if labels is not None and len(labels) != count:
-        raise ValueError(f"there are {count} items but {len(labels)} labels: pass one for each")
-    return labels
+    found = None if labels is None else _tensor(labels)
+    if found is not None and len(found) != count:
+        raise ValueError(f"there are {count} items but {len(found)} labels: pass one for each")
+    return found
 
 
 def _tensor(values: Any) -> Tensor:
     # Arrays and lists come as numpy and Python make them; a tensor is meant to be what it is.
-    if not isinstance(values, Tensor):
-        try:
-            array = np.asarray(values)
-            # torch takes neither negative strides nor a foreign order of bytes
-            array = np.require(array, array.dtype.newbyteorder("="), "C")
-            values = torch.as_tensor(array)
-        except (TypeError, ValueError) as error:
-            what = (
-                f"a {type(values).__name__} is no table of numbers ({error}), but numbers in rows"
-            )
-            raise TypeError(
-                f"{what} of one length are expected: number the classes of labels, make texts a "
-                "source with tk.data.texts, dictionaries one with tk.data.examples"
-            ) from error
-        if array.dtype.kind in "iu":
-            values = values.long()
-        elif values.dtype == torch.float64:
-            values = values.float()
-    if not values.dim():
+    tensor = values if isinstance(values, Tensor) else _of_numbers(values)
+    if not tensor.dim():
         raise ValueError("one number was passed, but one entry an item is expected: pass a list")
-    return values
+    return tensor
+
+
+def _of_numbers(values: Any) -> Tensor:
+    try:
+        array = np.asarray(values)
+        # torch takes neither negative strides nor a foreign order of bytes
+        array = np.require(array, array.dtype.newbyteorder("="), "C")
+        tensor = torch.as_tensor(array)
+    except (TypeError, ValueError) as error:
+        what = f"a {type(values).__name__} is no table of numbers ({error}), but numbers in rows"
+        raise TypeError(
+            f"{what} of one length are expected: number the classes of labels, make texts a "
+            "source with tk.data.texts, dictionaries one with tk.data.examples"
+        ) from error
+    if array.dtype.kind in "iu":
+        return tensor.long()
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def few_lengths(lengths: np.ndarray) -> np.ndarray:
@@ -259,7 +269,7 @@ class Tensors:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+    def fetch(self, indices: Sequence[int] | np.ndarray, epoch: int | None, seed: int) -> Batch:
         index = torch.as_tensor(indices)
         labels = None if self.labels is None else self.labels[index]
         return Batch(self.inputs[index], labels, index)
@@ -288,9 +298,9 @@ class Texts:
     """
 
     views = 1
-    sizes = None  # lengths of batches, if they are few
+    sizes: np.ndarray | None = None  # lengths of batches, if they are few
 
-    def __init__(self, texts: Sequence[str], labels: Any, tokenizer: Callable, max_length: int):
+    def __init__(self, texts: Sequence[str], labels: Any, tokenizer: Any, max_length: int):
         if isinstance(texts, str):
             raise TypeError("the texts are one string, but a list of them is expected: pass [text]")
         if max_length < 1:
@@ -312,7 +322,7 @@ class Texts:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+    def fetch(self, indices: Sequence[int] | np.ndarray, epoch: int | None, seed: int) -> Batch:
         index = torch.as_tensor(indices)
         real, place = ragged(self.lengths, self._ends, index.numpy(), self.sizes)
         ids = torch.full(real.shape, self.padding)
@@ -352,7 +362,7 @@ class Images:
 
     def __init__(
         self, array: np.ndarray, labels: Any, size: int, mean: Sequence[float],
-        std: Sequence[float], augment: Callable | None = None, views: int | None = None,
+        std: Sequence[float], augment: Augmentation | None = None, views: int | None = None,
     ):  # fmt: skip
         array = np.asarray(array)
         if array.dtype != np.uint8 or array.ndim < 3 or array.shape[3:] not in ((), (3,)):
@@ -377,7 +387,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+    def fetch(self, indices: Sequence[int] | np.ndarray, epoch: int | None, seed: int) -> Batch:
         index = torch.as_tensor(indices)
         images = self.pixels[index].float().div_(255)
         if self.augment is not None and epoch is not None:
@@ -397,7 +407,7 @@ class Images:
         # The text of an augmentation does not say what it closes over, so none is claimed.
         return None if self.augment else content_hash(self.pixels, self.mean, self.std)
 
-    def augmented(self, augment: Callable, views: int | None = None) -> Images:
+    def augmented(self, augment: Augmentation, views: int | None = None) -> Images:
         """The same images with an augmentation."""
         twin = copy(self)
         twin.augment, twin.views = augment, views
@@ -432,7 +442,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+    def fetch(self, indices: Sequence[int] | np.ndarray, epoch: int | None, seed: int) -> Batch:
         epoch = 0 if epoch is None else epoch
         view = epoch if self.views is None else epoch % self.views
         index, rows, random = torch.as_tensor(indices), [], torch.get_rng_state()
@@ -441,7 +451,7 @@ class Examples:
             torch.default_generator.manual_seed(mix(seed, view, item))
             rows.append(self.dataset[item])
         torch.set_rng_state(random)
-        inputs, labels = torch.utils.data.default_collate(rows), None
+        inputs, labels = default_collate(rows), None
         if isinstance(inputs, Mapping):
             inputs = dict(inputs)
             labels = inputs.pop("labels", inputs.pop("label", None))
@@ -471,7 +481,7 @@ def as_source(data: Any, model: nn.Module | None = None) -> Source:
     """
     if hasattr(data, "fetch"):
         _labels_for(len(data), None)
-        return data
+        return cast(Source, data)
     pair = isinstance(data, (tuple, list)) and len(data) == 2
     if pair and (isinstance(data, tuple) or all(hasattr(part, "shape") for part in data)):
         return Tensors(*data)
@@ -484,9 +494,9 @@ def as_source(data: Any, model: nn.Module | None = None) -> Source:
                 f"the model {type(model).__name__} cannot prepare a split: use a model of "
                 "tk.models.load, or make a source with tk.data.texts, images or tensors"
             )
-        source = prepare(data)
-        source.name = getattr(data, "name", "")  # for the model card
-        return source
+        prepared = prepare(data)
+        prepared.name = getattr(data, "name", "")  # for the model card
+        return cast(Source, prepared)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
         return Examples(data)
     raise TypeError(

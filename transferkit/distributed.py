@@ -15,18 +15,23 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from transferkit import layers, optim
+from transferkit.devices import Autocast
 
 if TYPE_CHECKING:
     from transferkit.data import Batch
     from transferkit.objectives import Loss
+
+T = TypeVar("T")
+Penalty = Callable[[nn.Module], Tensor | float]
 
 _PATIENCE = timedelta(hours=2)  # others wait so long for what only the first rank does
 
@@ -93,7 +98,7 @@ def in_turn() -> Iterator[None]:
             wait()
 
 
-def share(batches: Sequence) -> Sequence:
+def share(batches: Sequence[T]) -> Sequence[T]:
     """This rank's batches: one of each round of as many as there are ranks.
 
     In a last round that is too short for all, the ranks that are left out are idle: they repeat its
@@ -190,7 +195,9 @@ def same_weights(model: nn.Module) -> None:
             tensor.copy_(flat.view(tensor.shape))
 
 
-def counts(objective: Any, micro: Sequence[Batch], idle: bool, device: torch.device) -> tuple:
+def counts(
+    objective: Any, micro: Sequence[Batch], idle: bool, device: torch.device
+) -> tuple[Tensor, ...]:
     """The counts of a step over all its batches on all ranks: scalar tensors on the device.
 
     Args:
@@ -223,12 +230,13 @@ def local(tensor: Tensor) -> Tensor:
 def divided_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor, known to every rank, on the device of a parameter and divided like it."""
     tensor = tensor.to(parameter.device)
-    if not hasattr(parameter, "placements") or tensor.shape != parameter.shape:
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None or tensor.shape != parameter.shape:
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
-    how = (parameter.device_mesh, parameter.placements)
-    return distribute_tensor(tensor, *how, src_data_rank=None)
+    assert isinstance(parameter, DTensor)  # nothing else has a mesh
+    return distribute_tensor(tensor, mesh, parameter.placements, src_data_rank=None)
 
 
 class _Carrier(nn.Module):
@@ -238,20 +246,25 @@ class _Carrier(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, function: Callable, *arguments: Any) -> Any:
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(self.model, *arguments)
 
 
+@dataclass(eq=False, repr=False)
 class _Parallel:
     # What both ways have in common. There is one object for each phase.
-    def __init__(self, model, live, objective, optimizer, penalty):
-        self.model, self.live, self.objective = model, live, objective
-        self.penalty: Callable | None = penalty  # added to a rank's first value of a step
-        self.parameters = optim.named(optimizer)
+    model: nn.Module
+    live: nn.Module
+    objective: Any
+    optimizer: torch.optim.Optimizer
+    penalty: Penalty | None  # added to a rank's first value of a step
+
+    def __post_init__(self) -> None:
+        self.parameters = optim.named(self.optimizer)
         self.unreached: set[str] = set()
         self.moved: list[Tensor] = []  # buffers that a forward pass changes
 
-    def rehearse(self, batch: Batch, autocast: Callable) -> None:
+    def rehearse(self, batch: Batch, autocast: Autocast) -> None:
         """One step's forward and backward pass, of which nothing stays.
 
         It finds the parameters that the objective does not reach, and the buffers that it changes.
@@ -263,7 +276,10 @@ class _Parallel:
             for buffer, old in before:
                 buffer.copy_(old)
 
-    def _pass(self, batch: Batch, autocast: Callable) -> None:
+    def _loss(self, batch: Batch, last: bool) -> Loss:
+        raise NotImplementedError  # each of the two ways has its own
+
+    def _pass(self, batch: Batch, autocast: Autocast) -> None:
         with autocast():
             value = self.loss(batch, True, False).mean()
         if self.penalty is not None:
@@ -284,7 +300,7 @@ class _Parallel:
         loss = self._loss(batch, last)
         if not idle:
             return loss
-        totals, counts = ([0 * value for value in part] for part in (loss.totals, loss.counts))
+        totals, counts = [0 * value for value in loss.totals], [0 * value for value in loss.counts]
         terms = zip(loss.weights, totals, counts, strict=True)
         return type(loss).terms(dict(zip(loss.names, terms, strict=True)))
 
@@ -329,13 +345,14 @@ class Replicas(_Parallel):
         penalty: a function of the model, added once a step, or None.
     """
 
-    def __init__(self, model, live, objective, optimizer, penalty):
-        # the ranks' gradients are added up
-        share = None if penalty is None else lambda model: penalty(model) / ranks()
-        super().__init__(model, live, objective, optimizer, share)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole = self.penalty
+        if whole is not None:  # the ranks' gradients are added up
+            self.penalty = lambda model: whole(model) / ranks()
         self.wrapped: nn.parallel.DistributedDataParallel | None = None
 
-    def rehearse(self, batch: Batch, autocast: Callable) -> None:
+    def rehearse(self, batch: Batch, autocast: Autocast) -> None:
         super().rehearse(batch, autocast)
         if len(self.unreached) == len(self.parameters):
             return
@@ -344,7 +361,7 @@ class Replicas(_Parallel):
         ddp = nn.parallel.DistributedDataParallel
         known = inspect.signature(ddp).parameters  # torch 2.14 has a new name for the first
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        how = {name: False, "init_sync": False, "gradient_as_bucket_view": True}
+        how: dict[str, Any] = {name: False, "init_sync": False, "gradient_as_bucket_view": True}
         self.wrapped = ddp(_Carrier(self.live), **how)
         self.wrapped.register_comm_hook(None, _sum_up)
         for name in self.unreached:
@@ -355,17 +372,19 @@ class Replicas(_Parallel):
 
     def _loss(self, batch: Batch, last: bool) -> Loss:
         if self.wrapped is None:
-            return self.objective(self.live, batch)
+            loss: Loss = self.objective(self.live, batch)
+            return loss
         self.wrapped.require_backward_grad_sync = last  # what no_sync() sets
-        return self.wrapped(self.objective, batch)
+        loss = self.wrapped(self.objective, batch)
+        return loss
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """The objective's outputs for a batch."""
-        return self.objective.outputs(model, batch)
+        return cast(Tensor, self.objective.outputs(model, batch))
 
 
-def _sum_up(_, bucket):
-    # without annotations, for DDP compares them with classes and here they are strings
+# DDP compares annotations with classes, and here they would be strings
+def _sum_up(_, bucket):  # type: ignore[no-untyped-def]
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
 
@@ -383,27 +402,29 @@ class Shards(_Parallel):
         ValueError: two modules share a parameter, which the units would part.
     """
 
-    def __init__(self, model, live, objective, optimizer, penalty):
+    def __post_init__(self) -> None:
+        live = self.live
         if len(list(live.parameters())) < len(list(live.named_parameters(remove_duplicate=False))):
             raise ValueError(
                 "the model uses a parameter in two places, and parallel='fsdp' would make two of "
                 "it: use parallel='ddp'"
             )
         self.plain, self.device = live, next(live.parameters()).device
-        self.whole_penalty = penalty
+        self.whole_penalty, self.penalty = self.penalty, None
         if self.whole_penalty is None:
-            model.to("cpu")
-        twin = copy.deepcopy(live)
-        self.carrier = _sharded(twin, self.device)
-        twins = dict(twin.named_parameters())
-        for group in optimizer.param_groups:
+            self.model.to("cpu")
+        self.live = copy.deepcopy(live)
+        self.carrier = _sharded(self.live, self.device)
+        twins = dict(self.live.named_parameters())
+        for group in self.optimizer.param_groups:
             group["params"] = [twins[name] for name in group["names"]]
             if "momentum" in group:  # divided tensors have no fused kernel of SGD
                 group |= {"fused": False, "foreach": True}
-        super().__init__(model, twin, objective, optimizer, None)
+        super().__post_init__()
 
     def _loss(self, batch: Batch, last: bool) -> Loss:
-        return self.carrier(self._told, batch)[1]
+        loss: Loss = self.carrier(self._told, batch)[1]
+        return loss
 
     def _told(self, model: nn.Module, batch: Batch) -> tuple[tuple[Tensor, ...], Loss]:
         loss = self.objective(model, batch)
@@ -411,7 +432,7 @@ class Shards(_Parallel):
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """The objective's outputs for a batch."""
-        return self.carrier(self.objective.outputs, batch)
+        return cast(Tensor, self.carrier(self.objective.outputs, batch))
 
     def finish(self, idle: bool) -> None:
         super().finish(idle)
@@ -440,15 +461,17 @@ class Shards(_Parallel):
 
 
 def _sharded(twin: nn.Module, device: torch.device) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    mesh = dist.init_device_mesh(device.type, (ranks(),))
+    mesh = init_device_mesh(device.type, (ranks(),))
     for group in layers.groups(twin):
         for module in group.modules:
             if any(True for _ in module.parameters()):
                 fully_shard(module, mesh=mesh)
     # At rest the root, too, is divided: what looks at the parameters finds them alike.
-    carrier = fully_shard(_Carrier(twin), mesh=mesh, reshard_after_forward=True)
+    carrier = _Carrier(twin)
+    fully_shard(carrier, mesh=mesh, reshard_after_forward=True)
     for module in carrier.modules():
         if isinstance(module, FSDPModule):  # sums, not means
             module.set_gradient_divide_factor(1.0)

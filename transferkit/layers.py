@@ -21,6 +21,7 @@ from transferkit.show import Table
 
 _NORMALISES_BY_BATCH = nn.modules.batchnorm._NormBase  # BatchNorm and InstanceNorm, all sizes
 _NO_CODE = SimpleNamespace(co_names=())
+_Unit = tuple[str, tuple[nn.Module, ...], dict[str, nn.Parameter]]
 
 
 class Staged(nn.Module):
@@ -55,11 +56,13 @@ class Staged(nn.Module):
             *levels, last = stage.split(".")
             parent: nn.Module = self
             for level in levels:
-                parent = parent._modules.setdefault(level, nn.Module())
+                if level not in parent._modules:
+                    parent.add_module(level, nn.Module())
+                parent = parent.get_submodule(level)
             parent.add_module(last, module)
         self.labels = None if labels is None else list(labels)
         self.prepare, self.name, self.weights_hash = prepare, name, weights_hash
-        self.recipe: dict | None = None
+        self.recipe: dict[str, Any] | None = None
 
     def run(self, state: Any, start: int = 0, stop: int | None = None) -> Any:
         """Apply the stages `start` to `stop` (exclusive) to the state before stage `start`."""
@@ -112,11 +115,11 @@ class Group:
         return any(parameter.requires_grad for parameter in self.parameters.values())
 
 
-def _units(module: nn.Module, prefix: str = "") -> list[tuple[str, tuple[nn.Module, ...], dict]]:
+def _units(module: nn.Module, prefix: str = "") -> list[_Unit]:
     # (name, modules, own parameters) in the order of registration. A child that holds its layers in
     # a ModuleList is opened: such a list has no forward, so its entries are the layers.
     own = {prefix + name: p for name, p in module._parameters.items() if p is not None}
-    units = [(f"{prefix}(own)", (), own)] if own else []
+    units: list[_Unit] = [(f"{prefix}(own)", (), own)] if own else []
     for name, child in module.named_children():
         path = prefix + name
         listed = isinstance(child, nn.ModuleList)
@@ -134,12 +137,11 @@ def groups(model: nn.Module) -> list[Group]:
     those that keep layers in a `ModuleList` (the encoders of transformers) are opened. A parameter
     that two groups share belongs to the first.
     """
+    units = _units(model)
     if isinstance(model, Staged):
         units = [(name, (stage,), {}) for name, stage in model._pairs()]
     elif isinstance(model, nn.Sequential):
         units = [(name, (child,), {}) for name, child in model.named_children()]
-    else:
-        units = _units(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: list[Group] = []
     for name, modules, own in units:
@@ -272,7 +274,7 @@ def split(model: nn.Module, boundary: int | str) -> tuple[nn.Module, nn.Module]:
     """
     pairs = _in_order(model)
     found = [group.name for group in groups(model)]
-    at = found.index(boundary) if boundary in found else boundary
+    at = found.index(boundary) if isinstance(boundary, str) and boundary in found else boundary
     if not isinstance(at, int) or isinstance(at, bool) or not 0 < at < len(found):
         expected = f"a number from 1 to {len(found) - 1} or one of {found[1:]}"
         raise ValueError(f"the boundary is {boundary!r}: give {expected}")
@@ -283,6 +285,8 @@ def split(model: nn.Module, boundary: int | str) -> tuple[nn.Module, nn.Module]:
 
 
 class _Recomputing(Staged):
+    again: set[str]  # names of the stages that are computed twice
+
     def run(self, state: Any, start: int = 0, stop: int | None = None) -> Any:
         for name in self.stage_names[start:stop]:
             stage = self.get_submodule(name)

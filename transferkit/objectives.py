@@ -8,7 +8,8 @@ over the micro-batches of a step and divides once, so that the gradient is that 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from operator import add
@@ -76,7 +77,10 @@ class Loss:
         loss._set(tuple(named), weights, totals, counts)
         return loss
 
-    def _set(self, names, weights, totals, counts) -> None:
+    def _set(
+        self, names: tuple[str, ...], weights: tuple[Number, ...], totals: tuple[Tensor, ...],
+        counts: tuple[Number, ...],
+    ) -> None:  # fmt: skip
         for name, total, count in zip(names, totals, counts, strict=True):
             if not isinstance(total, Tensor):
                 raise TypeError(
@@ -140,6 +144,25 @@ class Loss:
         return f"Loss({', '.join(self.names)})"  # the numbers stay on their device
 
 
+def as_numbers(losses: Iterable[Loss]) -> list[tuple[float, ...]]:
+    """For each of some losses of one objective its totals and then its counts, as Python numbers.
+
+    This waits for the device, once a column.
+    """
+    columns = zip(*(loss.totals + loss.counts for loss in losses), strict=True)
+    return list(zip(*map(_read, columns), strict=True))
+
+
+def _read(values: tuple[Any, ...]) -> Sequence[float]:
+    return torch.stack(values).tolist() if isinstance(values[0], Tensor) else values
+
+
+def mean_of_sums(weights: Sequence[float], sums: Sequence[float]) -> float:
+    """The loss of several terms, of the totals of all of them and, after these, their counts."""
+    parts = zip(weights, sums[: len(weights)], sums[len(weights) :], strict=True)
+    return sum(weight * total / (count or 1.0) for weight, total, count in parts)
+
+
 def _divide(total: Tensor, count: Number) -> Tensor:
     if isinstance(count, Tensor):
         count = count.to(total.dtype)
@@ -188,7 +211,7 @@ def _misfit(model: nn.Module, inputs: Tensor | Mapping[str, Any], error: Excepti
     # what was given, what the model said to it, and what to do
     said = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     single = isinstance(inputs, Tensor)
-    parts = {"": inputs} if single else inputs
+    parts = {"": inputs} if isinstance(inputs, Tensor) else inputs
     held = ", ".join(f"{name!r}: {_kind(part)}" for name, part in parts.items())
     held = _kind(inputs) if single else f"{{{held}}}"
     weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -261,7 +284,7 @@ def _labels(batch: Batch) -> Tensor:
     return batch.labels
 
 
-class _Supervised:
+class _Supervised(ABC):
     """What objectives that score the outputs of one forward pass have in common."""
 
     additive: ClassVar[bool] = True
@@ -273,6 +296,10 @@ class _Supervised:
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """What the model says about the batch: see `forward`."""
         return forward(model, batch.inputs)
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, batch: Batch) -> Loss:
+        """Sums and counts of what the outputs cost."""
 
 
 @dataclass(frozen=True)
@@ -514,7 +541,8 @@ class Spans(_Supervised):
                 f"{tuple(labels.shape)}, but (n, L, 2) and (n, 2) are expected: the head gives "
                 "every token two scores, and an item's label is the places of first and last token"
             )
-        counts, terms = self.counts(batch), {}
+        counts = self.counts(batch)
+        terms: dict[str, tuple[Number, Tensor, Number]] = {}
         for at, name in enumerate(("start", "end")):
             what = (scores[..., at], labels[:, at])
             total = F.cross_entropy(*what, ignore_index=IGNORED, reduction="sum")

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from transferkit.devices import Scaler
 from transferkit.layers import Group
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -22,7 +24,7 @@ OPTIMIZERS = ("adamw", "sgd")
 def parameter_groups(
     found: Sequence[Group], *, lr: float, weight_decay: float = 0.0, layer_decay: float = 1.0,
     rates: Mapping[str, float] | None = None,
-) -> list[dict]:  # fmt: skip
+) -> list[dict[str, Any]]:  # fmt: skip
     """Divide the trainable parameters of layer groups by learning rate and weight decay.
 
     The last layer group that has parameters gets the rate `lr`, the one before `lr * layer_decay`,
@@ -35,7 +37,7 @@ def parameter_groups(
         in exactly one.
     """
     holders = [group for group in found if group.parameters]
-    parts: dict[tuple[float, float], dict] = {}
+    parts: dict[tuple[float, float], dict[str, Any]] = {}
     for depth, group in enumerate(reversed(holders)):
         for name, parameter in group.parameters.items():
             if not parameter.requires_grad:
@@ -106,62 +108,6 @@ def set_rates(optimizer: torch.optim.Optimizer, scale: float | Tensor) -> None:
         part["lr"] = part["peak"] * scale
 
 
-class Scaler:
-    """Loss scaling for fp16 (Micikevicius et al. 2018), of which the host reads nothing in a step.
-
-    The loss is multiplied by a factor, so that small gradients do not vanish in half precision, and
-    the gradient is divided by it once. If the gradient is not finite, the update is skipped: the
-    parameters, the moments and the schedule stay, and the factor halves. It doubles after 2,000
-    updates in a row that were made. These are the numbers of `torch.amp.GradScaler`, which does not
-    tell whether an update was skipped unless the host waits for it.
-
-    Attributes:
-        scale: the factor, a tensor `()`.
-        found: 1 if the last update was skipped, else 0, a new tensor `()` at each update.
-        skipped: how many updates of the phase were skipped, int64 `(1,)`.
-    """
-
-    def __init__(self, device: torch.device, scale: float = 2.0**16, clean: int = 0):
-        self.device = device
-        self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
-        self._clean = torch.tensor(clean, dtype=torch.int32, device=device)  # updates in a row
-
-    def begin(
-        self, optimizer: torch.optim.Optimizer, factors: Sequence[float], skipped: int
-    ) -> None:
-        """Start, or go on with, a phase whose schedule has these factors, one an update."""
-        self._factors = torch.tensor(factors, dtype=torch.float32, device=self.device)
-        self.skipped = torch.tensor([skipped], device=self.device)
-        for part in optimizer.param_groups:
-            if part.get("momentum"):
-                # torch takes empty memory for these in the first update, and skipping that one
-                # would leave it unset
-                for parameter in part["params"]:
-                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-    def factor(self, update: int) -> Tensor:
-        """What the rates are multiplied by: the schedule at the number of updates really made."""
-        return self._factors.index_select(0, update - self.skipped)
-
-    def unscale(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Divide the gradients by the factor, in place; their norm, `()`, which decides `found`."""
-        torch._foreach_mul_(gradients, self.scale.reciprocal())
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
-        self.found = torch.isfinite(norm).logical_not().float()
-        return norm
-
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Update the parameters, unless the gradient is not finite, and the factor."""
-        optimizer.found_inf = self.found  # the fused kernels look at it on the device
-        optimizer.step()
-        torch._amp_update_scale_(self.scale, self._clean, self.found, 2.0, 0.5, 2000)
-        self.skipped += self.found.long()
-
-    def state(self) -> dict[str, float]:
-        """The arguments that make it again; this waits for the device."""
-        return {"scale": self.scale.item(), "clean": self._clean.item()}
-
-
 class Average:
     """An exponential moving average of parameters as they train (Polyak & Juditsky 1992).
 
@@ -188,6 +134,7 @@ class Average:
         Args:
             made: updates of the phase with this one, skipped ones too.
         """
+        share: float | Tensor
         if scaler is None:
             share = (1 - self.decay) / -math.expm1(made * math.log(self.decay))
         else:

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transferkit import checkpoint, layers
+from transferkit.checks import require
 from transferkit.layers import Staged
-from transferkit.plan import require
 
 Targets = str | Sequence[str]
 ADAPTER = "adapter.safetensors"

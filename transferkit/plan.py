@@ -11,13 +11,13 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import nn
 
 from transferkit import optim
+from transferkit.checks import real, require, whole
 from transferkit.layers import groups, matching
 from transferkit.optim import OPTIMIZERS, SCHEDULES
 
@@ -89,16 +89,6 @@ class Phase:
         )
 
 
-def real(value: object) -> bool:
-    """Whether it is one real number, of Python or NumPy, and no truth value."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def whole(value: object, least: int = 1) -> bool:
-    """Whether it is a whole number of at least `least`, of an integer type."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
-
-
 def _pairs(rates: Any) -> tuple[tuple[str, float], ...]:
     try:
         found = rates.items() if isinstance(rates, Mapping) else rates
@@ -108,14 +98,7 @@ def _pairs(rates: Any) -> tuple[tuple[str, float], ...]:
         raise ValueError(f"rates is {rates!r}: {remedy}") from None
 
 
-def require(values: object, **rules: tuple[bool, str]) -> None:
-    """Raise a ValueError for the first attribute that is not good: rules are (good, expected)."""
-    for name, (good, expected) in rules.items():
-        if not good:
-            raise ValueError(f"{name} is {getattr(values, name)!r}: give {expected}")
-
-
-def linear_probe(epochs: int, lr: float = 1e-3, cache: bool = True, **settings) -> Phase:
+def linear_probe(epochs: int, lr: float = 1e-3, cache: bool = True, **settings: Any) -> Phase:
     """Train the head alone on the features of the frozen backbone, computed once if `cache`.
 
     Further settings are those of `Phase`; there is no weight decay unless one is given.
@@ -124,7 +107,7 @@ def linear_probe(epochs: int, lr: float = 1e-3, cache: bool = True, **settings) 
     return Phase(epochs=epochs, lr=lr, cache=cache, **settings)
 
 
-def finetune(epochs: int, lr: float = 2e-5, last: int | None = None, **settings) -> Phase:
+def finetune(epochs: int, lr: float = 2e-5, last: int | None = None, **settings: Any) -> Phase:
     """Train the whole model, or its last few layer groups; further settings as in `Phase`."""
     return Phase(**{"name": "finetune", "epochs": epochs, "lr": lr, "last": last, **settings})
 
@@ -240,7 +223,7 @@ def trained(phase: Phase, model: nn.Module, allowed: set[str]) -> set[str]:
         )
     names = {name for group in holders[-last:] for name in group.parameters} & allowed
     if phase.train is not None:
-        names = set().union(*(_hits(phase, model, one, names) for one in phase.train))
+        names = {name for one in phase.train for name in _hits(phase, model, one, names)}
     if not names:
         raise ValueError(
             f"phase {phase.name!r} trains no parameter, but at least one is expected: all it would "

@@ -31,7 +31,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transferkit import cache, data, devices, distributed, engine, layers, show
-from transferkit.plan import Phase, finetune, require
+from transferkit.checks import require
+from transferkit.plan import Phase, finetune
 
 _READS = {"_local_scalar_dense", "item", "nonzero", "equal", "masked_select", "_unique2"}
 _INDEXES = {"index", "index_put", "index_put_"}  # by a mask they must know how many it lets through

@@ -77,7 +77,7 @@ class Masked:
     def __len__(self) -> int:
         return len(self.source)
 
-    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+    def fetch(self, indices: Sequence[int] | np.ndarray, epoch: int | None, seed: int) -> Batch:
         batch = self.source.fetch(indices, epoch, seed)
         single = isinstance(batch.inputs, Tensor)
         ids = batch.inputs if single else batch.inputs["input_ids"]
@@ -174,7 +174,7 @@ class TwoViews:
     def __len__(self) -> int:
         return len(self.source)
 
-    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+    def fetch(self, indices: Sequence[int] | np.ndarray, epoch: int | None, seed: int) -> Batch:
         if self.other is None:
             looks = [(self.source, 2 * (epoch or 0) + view) for view in range(2)]
         else:
