@@ -35,7 +35,12 @@ _KEPT_AS = {torch.bfloat16: torch.int16}  # numpy has no such type: its bits are
 
 
 def directory() -> Path:
-    """Where transferkit keeps what it can make again: TRANSFERKIT_CACHE or ~/.cache/transferkit."""
+    """Where transferkit keeps what it can make again: TRANSFERKIT_CACHE or ~/.cache/transferkit.
+
+    Example:
+        >>> (tk.cache.directory() / "features").name  # where features are kept
+        'features'
+    """
     return Path(os.environ.get("TRANSFERKIT_CACHE") or Path.home() / ".cache" / "transferkit")
 
 
@@ -44,6 +49,13 @@ class Features:
 
     Attributes:
         seconds: what computing them took, when they were computed.
+
+    Example:
+        >>> source = tk.data.tensors(torch.randn(6, 4), [0, 1] * 3)
+        >>> prefix = nn.Linear(4, 2).eval().requires_grad_(False)
+        >>> features = tk.cache.cached(prefix, source, lambda part, batch: part(batch.inputs))
+        >>> len(features), features.views, features.fetch([0, 1], None, 0).inputs.shape
+        (6, 1, torch.Size([2, 2]))
     """
 
     sizes: np.ndarray | None = None
@@ -114,6 +126,16 @@ def refuse(objective: object, model: nn.Module, source: data.Source) -> None:
         ValueError: the objective acts below the cut, nothing is frozen at the input side, or the
             data look different in every epoch.
         TypeError: the model cannot be cut.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+        >>> source = tk.data.tensors(torch.randn(6, 4), [0, 1] * 3)
+        >>> tk.cache.refuse(tk.classification(), model, source)
+        Traceback (most recent call last):
+            ...
+        ValueError: nothing before the first trained layer group is frozen, ...
+        >>> tk.freeze(model, "0")
+        >>> tk.cache.refuse(tk.classification(), model, source)
     """
     live = "or train live with cache=False"
     if getattr(objective, "acts_below_head", True):
@@ -156,6 +178,13 @@ def cached(
     Raises:
         OSError: the disk has no room for the features or cannot be written to.
         ValueError: the state at the cut has no storable form, or stored features are damaged.
+
+    Example:
+        >>> source = tk.data.tensors(torch.randn(6, 4), [0, 1] * 3)
+        >>> prefix = nn.Linear(4, 2).eval().requires_grad_(False)
+        >>> features = tk.cache.cached(prefix, source, lambda part, batch: part(batch.inputs))
+        >>> torch.allclose(features.fetch([1, 4], None, 0).inputs, prefix(source.inputs[[1, 4]]))
+        True
     """
     views = source.views if augmented else 1
     assert views is not None  # `refuse` saw to it

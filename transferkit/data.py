@@ -34,6 +34,12 @@ class Batch:
         inputs: tensor `(batch, ...)`, or a dictionary of such tensors.
         labels: tensor `(batch, ...)`, or None where the items have none.
         index: the items' numbers in their source, int64 `(batch,)`.
+
+    Example:
+        >>> source = tk.data.tensors(torch.randn(5, 4), [0, 1, 0, 1, 0])
+        >>> batch = source.fetch([3, 1], None, 0)
+        >>> len(batch), batch.labels, batch.index
+        (2, tensor([1, 1]), tensor([3, 1]))
     """
 
     inputs: Tensor | dict[str, Tensor]
@@ -78,6 +84,20 @@ class Source(Protocol):
             same items as batches padded to a few lengths, such as those of `few_lengths`.
         views: in how many ways an item can look: 1 without augmentation, k where epoch e shows view
             e mod k, None where every epoch shows a new one.
+
+    Example:
+        >>> class Numbers:
+        ...     labels = lengths = None
+        ...     views = 1
+        ...     def __len__(self):
+        ...         return 3
+        ...     def fetch(self, indices, epoch, seed):
+        ...         index = torch.as_tensor(indices)
+        ...         return tk.data.Batch(index.float().unsqueeze(1), None, index)
+        ...     def fingerprint(self):
+        ...         return None
+        >>> tk.predict(nn.Identity(), Numbers()).logits.tolist()
+        [[0.0], [1.0], [2.0]]
     """
 
     @property
@@ -99,7 +119,12 @@ class Source(Protocol):
 
 
 def mix(*numbers: int) -> int:
-    """Hash whole numbers into one seed of 63 bits (the finaliser of splitmix64, Steele 2014)."""
+    """Hash whole numbers into one seed of 63 bits (the finaliser of splitmix64, Steele 2014).
+
+    Example:
+        >>> tk.data.mix(0, 1) == tk.data.mix(0, 1), tk.data.mix(0, 1) == tk.data.mix(1, 0)
+        (True, False)
+    """
     state = 0x9E3779B97F4A7C15
     for number in numbers:
         state = (state ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
@@ -109,7 +134,13 @@ def mix(*numbers: int) -> int:
 
 
 def randomness(seed: int, epoch: int, index: int) -> torch.Generator:
-    """The generator for the augmentation of one item in one epoch."""
+    """The generator for the augmentation of one item in one epoch.
+
+    Example:
+        >>> one, two = (tk.data.randomness(seed=0, epoch=3, index=17) for _ in range(2))
+        >>> torch.equal(torch.rand(5, generator=one), torch.rand(5, generator=two))
+        True
+    """
     return torch.Generator().manual_seed(mix(seed, epoch, index))
 
 
@@ -123,6 +154,11 @@ def order(
     that little is padded and the order is still random.
 
     The result is one int64 array of item numbers a batch.
+
+    Example:
+        >>> batches = tk.data.order(10, batch_size=4, seed=0, epoch=0)
+        >>> [len(items) for items in batches], sorted(np.concatenate(batches).tolist())
+        ([4, 4, 2], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     """
     random = np.random.default_rng(mix(seed, epoch, count))
     items = random.permutation(count)
@@ -139,7 +175,12 @@ def order(
 
 
 def in_sequence(count: int, batch_size: int, lengths: np.ndarray | None) -> list[np.ndarray]:
-    """Batches for evaluation: every item once; the longest first, where lengths are known."""
+    """Batches for evaluation: every item once; the longest first, where lengths are known.
+
+    Example:
+        >>> [items.tolist() for items in tk.data.in_sequence(5, 2, np.array([3, 9, 4, 1, 5]))]
+        [[1, 4], [2, 0], [3]]
+    """
     items = np.arange(count) if lengths is None else np.argsort(-lengths, kind="stable")
     return [items[at : at + batch_size] for at in range(0, count, batch_size)]
 
@@ -163,6 +204,11 @@ def stream(
     """The given batches of a source, one after the other, fetched here or by worker processes.
 
     With `pin` they are in pinned memory, from where a copy to a GPU waits for nothing.
+
+    Example:
+        >>> source = tk.data.tensors(torch.arange(6.0))
+        >>> [batch.inputs.tolist() for batch in tk.data.stream(source, [[0, 1], [4, 5]], None, 0)]
+        [[0.0, 1.0], [4.0, 5.0]]
     """
     fetches = _Fetches(source, batches, epoch, seed)
     if not workers:
@@ -174,7 +220,13 @@ def stream(
 
 
 def content_hash(*parts: Any) -> str:
-    """SHA-256 over tensors (type, shape, values) and the `repr` of anything else."""
+    """SHA-256 over tensors (type, shape, values) and the `repr` of anything else.
+
+    Example:
+        >>> flat, column = torch.ones(2), torch.ones(2, 1)
+        >>> tk.data.content_hash(flat) == tk.data.content_hash(column)
+        False
+    """
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -225,6 +277,10 @@ def few_lengths(lengths: np.ndarray) -> np.ndarray:
 
     They are the eighths of all lengths, so that little is padded, in multiples of 8, which matrix
     units like, and end with the longest, beyond which a model may know no positions.
+
+    Example:
+        >>> tk.data.few_lengths(np.arange(1, 101)).tolist()
+        [16, 32, 40, 56, 64, 80, 88, 100]
     """
     eighths = np.quantile(lengths, np.arange(1, 9) / 8, method="higher")
     return np.unique(np.minimum(-(-eighths // 8) * 8, lengths.max())).astype(np.int64)
@@ -241,6 +297,12 @@ def ragged(
 
     Returns:
         bool `(batch, length)`, True for a token; int64, the places of these in the column.
+
+    Example:
+        >>> lengths = np.array([2, 1, 3])
+        >>> real, place = tk.data.ragged(lengths, lengths.cumsum(), np.array([0, 2]))
+        >>> real.tolist(), place.tolist()
+        ([[True, True, False], [True, True, True]], [0, 1, 3, 4, 5])
     """
     length = lengths[rows][:, None]
     longest = length.max()
@@ -257,6 +319,12 @@ class Tensors:
     Raises:
         ValueError: there is no item, or the labels are not as many as the inputs.
         TypeError: the inputs or labels are not numbers.
+
+    Example:
+        >>> source = tk.data.tensors(np.eye(3), [0, 1, 1])
+        >>> batch = source.fetch([2], None, 0)
+        >>> batch.inputs, batch.labels
+        (tensor([[0., 0., 1.]]), tensor([1]))
     """
 
     lengths = None
@@ -295,6 +363,14 @@ class Texts:
         ValueError: there is no text, one has no tokens, `max_length` is below 1, or the labels are
             not as many.
         TypeError: the texts are one string, or one of them is none.
+
+    Example:
+        >>> def words(texts, truncation, max_length):
+        ...     return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
+        >>> source = tk.data.texts(["a fine film", "no"], [1, 0], words, max_length=8)
+        >>> source.fetch([0, 1], None, 0).inputs["input_ids"]
+        tensor([[1, 4, 4],
+                [2, 0, 0]])
     """
 
     views = 1
@@ -356,6 +432,13 @@ class Images:
     Raises:
         ValueError: there is no image, the array is not uint8 of such a shape, the labels are not as
             many, or another argument is out of its range.
+
+    Example:
+        >>> pixels, half = np.zeros((4, 32, 32, 3), np.uint8), [0.5] * 3
+        >>> source = tk.data.images(pixels, [0, 1, 0, 1], size=16, mean=half, std=half)
+        >>> batch = source.fetch([0, 3], None, 0)
+        >>> batch.inputs.shape, batch.inputs.unique()
+        (torch.Size([2, 3, 16, 16]), tensor([-1.]))
     """
 
     lengths = None
@@ -431,6 +514,12 @@ class Examples:
     Raises:
         ValueError: the data set is empty.
         TypeError: when fetched, an item is none of these.
+
+    Example:
+        >>> items = [(torch.tensor([float(at)]), at % 2) for at in range(4)]
+        >>> batch = tk.data.examples(items).fetch([1, 2], None, 0)
+        >>> batch.inputs.tolist(), batch.labels.tolist()
+        ([[1.0], [2.0]], [1, 0])
     """
 
     labels = lengths = None
@@ -478,6 +567,11 @@ def as_source(data: Any, model: nn.Module | None = None) -> Source:
     Raises:
         TypeError: the data are none of these, or the model cannot prepare a split.
         ValueError: the data are empty.
+
+    Example:
+        >>> source = tk.data.as_source((torch.randn(6, 4), [0, 1, 0, 1, 0, 1]))
+        >>> type(source).__name__, len(source)
+        ('Tensors', 6)
     """
     if hasattr(data, "fetch"):
         _labels_for(len(data), None)

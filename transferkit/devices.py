@@ -94,6 +94,17 @@ class Scaler:
         scale: the factor, a tensor `()`.
         found: 1 if the last update was skipped, else 0, a new tensor `()` at each update.
         skipped: how many updates of the phase were skipped, int64 `(1,)`.
+
+    Example:
+        >>> model, cpu = nn.Linear(2, 1, bias=False), torch.device("cpu")
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+        >>> scaler = tk.devices.Scaler(cpu, scale=4.0)
+        >>> scaler.begin(optimizer, [1.0], skipped=0)
+        >>> model.weight.grad = torch.full((1, 2), torch.inf)
+        >>> norm = scaler.unscale([model.weight.grad])
+        >>> scaler.step(optimizer)  # is skipped
+        >>> scaler.scale.item(), scaler.skipped.item()
+        (2.0, 1)
     """
 
     def __init__(self, device: torch.device, scale: float = 2.0**16, clean: int = 0):

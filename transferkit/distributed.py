@@ -45,6 +45,11 @@ def start() -> None:
 
     Raises:
         ValueError: there are more processes on this machine than GPUs.
+
+    Example:
+        >>> tk.distributed.start()  # without torchrun nothing happens
+        >>> tk.distributed.ranks()
+        1
     """
     if not dist.is_available() or dist.is_initialized() or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
@@ -70,24 +75,44 @@ def _end() -> None:
 
 
 def ranks() -> int:
-    """How many processes train together; 1 without torchrun."""
+    """How many processes train together; 1 without torchrun.
+
+    Example:
+        >>> tk.distributed.ranks()
+        1
+    """
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process among them, from 0; rank 0 alone writes and speaks."""
+    """The number of this process among them, from 0; rank 0 alone writes and speaks.
+
+    Example:
+        >>> tk.distributed.rank()
+        0
+    """
     return dist.get_rank() if ranks() > 1 else 0
 
 
 def wait() -> None:
-    """Until every rank is here."""
+    """Until every rank is here.
+
+    Example:
+        >>> tk.distributed.wait()  # a single process goes on at once
+    """
     if ranks() > 1:
         add_up(0.0)
 
 
 @contextmanager
 def in_turn() -> Iterator[None]:
-    """The first rank of each machine does this before the others, which find what it left."""
+    """The first rank of each machine does this before the others, which find what it left.
+
+    Example:
+        >>> with tk.distributed.in_turn():
+        ...     print("made by the first, found by the others")
+        made by the first, found by the others
+    """
     first = ranks() == 1 or os.environ.get("LOCAL_RANK", str(rank())) == "0"
     if not first:
         wait()
@@ -103,6 +128,10 @@ def share(batches: Sequence[T]) -> Sequence[T]:
 
     In a last round that is too short for all, the ranks that are left out are idle: they repeat its
     first batch, which counts for nothing, to take part in what all do together.
+
+    Example:
+        >>> tk.distributed.share(["batch 0", "batch 1", "batch 2"])  # rank 1 of 2: batch 1, batch 2
+        ['batch 0', 'batch 1', 'batch 2']
     """
     many, own = ranks(), rank()
     if many == 1:
@@ -120,6 +149,11 @@ def collect(parts: list[Tensor], count: int, longest: int | None = None) -> list
 
     Returns:
         `count` tensors on the host, the same on every rank; what idle ranks made is left out.
+
+    Example:
+        >>> parts = [torch.zeros(2, 3), torch.zeros(1, 3)]
+        >>> [len(part) for part in tk.distributed.collect(parts, 2)]
+        [2, 1]
     """
     if ranks() == 1:
         return parts
@@ -146,7 +180,12 @@ def _gathered(own: Tensor) -> Tensor:
 
 
 def add_up(values: Any) -> Any:
-    """Numbers, or lists of lists of them, summed over the ranks: the same on each, in float64."""
+    """Numbers, or lists of lists of them, summed over the ranks: the same on each, in float64.
+
+    Example:
+        >>> tk.distributed.add_up([[1.0, 2.0]])  # on two ranks [[2.0, 4.0]]
+        [[1.0, 2.0]]
+    """
     if ranks() == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64)
@@ -155,12 +194,22 @@ def add_up(values: Any) -> Any:
 
 
 def agree(*flags: bool) -> list[bool]:
-    """For each flag whether any rank raised it, so that all ranks decide alike."""
+    """For each flag whether any rank raised it, so that all ranks decide alike.
+
+    Example:
+        >>> tk.distributed.agree(True, False)
+        [True, False]
+    """
     return [raised > 0 for raised in add_up([float(flag) for flag in flags])]
 
 
 def of_first(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with the floats of rank 0: times differ, and other processors round otherwise."""
+    """The row with the floats of rank 0: times differ, and other processors round otherwise.
+
+    Example:
+        >>> tk.distributed.of_first({"loss": 0.5, "phase": "finetune"})
+        {'loss': 0.5, 'phase': 'finetune'}
+    """
     if ranks() == 1:
         return dict(row)
     names = [name for name, value in row.items() if isinstance(value, float)]
@@ -174,6 +223,12 @@ def alike(about: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: on all ranks, if they differ in something; it is named.
+
+    Example:
+        >>> dist = torch.distributed  # torchrun does this, of as many processes as it starts
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> tk.distributed.alike({"seed": 0})  # else a ValueError names the seed
+        >>> dist.destroy_process_group()
     """
     everyone: list[Any] = [None] * ranks()
     dist.all_gather_object(everyone, dict(about))
@@ -187,7 +242,14 @@ def alike(about: Mapping[str, Any]) -> None:
 
 
 def same_weights(model: nn.Module) -> None:
-    """Give the model of every rank the parameters and buffers of rank 0."""
+    """Give the model of every rank the parameters and buffers of rank 0.
+
+    Example:
+        >>> dist = torch.distributed  # torchrun does this, of as many processes as it starts
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> tk.distributed.same_weights(nn.Linear(4, 2))
+        >>> dist.destroy_process_group()
+    """
     with torch.no_grad():
         for tensor in model.state_dict().values():
             flat = tensor.contiguous().reshape(-1)
@@ -202,6 +264,14 @@ def counts(
 
     Args:
         idle: whether the last of `micro` repeats another rank's.
+
+    Example:
+        >>> dist = torch.distributed  # torchrun does this, of as many processes as it starts
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> batch = tk.data.Batch(torch.randn(3, 4), torch.tensor([0, 1, 0]), torch.arange(3))
+        >>> tk.distributed.counts(tk.classification(), [batch, batch], False, torch.device("cpu"))
+        (tensor(6., dtype=torch.float64),)
+        >>> dist.destroy_process_group()
     """
     rows = [objective.counts(batch) for batch in micro]
     rows[-1] = tuple(0 * value for value in rows[-1]) if idle else rows[-1]
@@ -218,17 +288,32 @@ def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all of one that is divided among the ranks (all must ask)."""
+    """The tensor itself, or all of one that is divided among the ranks (all must ask).
+
+    Example:
+        >>> tk.distributed.whole(torch.ones(2))
+        tensor([1., 1.])
+    """
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The tensor itself, or this rank's part of a divided one."""
+    """The tensor itself, or this rank's part of a divided one.
+
+    Example:
+        >>> tk.distributed.local(torch.ones(2))
+        tensor([1., 1.])
+    """
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def divided_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, known to every rank, on the device of a parameter and divided like it."""
+    """A whole tensor, known to every rank, on the device of a parameter and divided like it.
+
+    Example:
+        >>> tk.distributed.divided_like(torch.ones(2), torch.zeros(2))
+        tensor([1., 1.])
+    """
     tensor = tensor.to(parameter.device)
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None or tensor.shape != parameter.shape:
@@ -343,6 +428,20 @@ class Replicas(_Parallel):
         model, live: the model, and the part of it that the phase runs.
         optimizer: over the parameters that the phase trains.
         penalty: a function of the model, added once a step, or None.
+
+    Example:
+        >>> dist = torch.distributed  # torchrun does this, of as many processes as it starts
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> batch = tk.data.Batch(torch.randn(3, 4), torch.tensor([0, 1, 0]), torch.arange(3))
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = tk.optim.build(tk.layers.groups(model), lr=0.1)
+        >>> ranks = tk.distributed.Replicas(model, model, tk.classification(), optimizer, None)
+        >>> ranks.rehearse(batch, tk.devices.autocast(torch.device("cpu"), "fp32"))
+        >>> ranks.loss(batch, last=True, idle=False).mean().backward()
+        >>> ranks.finish(idle=False)
+        >>> model.weight.grad.shape
+        torch.Size([2, 4])
+        >>> dist.destroy_process_group()
     """
 
     def __post_init__(self) -> None:
@@ -400,6 +499,20 @@ class Shards(_Parallel):
 
     Raises:
         ValueError: two modules share a parameter, which the units would part.
+
+    Example:
+        >>> dist = torch.distributed  # torchrun does this, of as many processes as it starts
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> batch = tk.data.Batch(torch.randn(3, 4), torch.tensor([0, 1, 0]), torch.arange(3))
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = tk.optim.build(tk.layers.groups(model), lr=0.1)
+        >>> ranks = tk.distributed.Shards(model, model, tk.classification(), optimizer, None)
+        >>> ranks.loss(batch, last=True, idle=False).mean().backward()
+        >>> ranks.finish(idle=False)
+        >>> optimizer.step()
+        >>> ranks.gather()  # now the model has what its divided twin learned
+        >>> ranks.close()
+        >>> dist.destroy_process_group()
     """
 
     def __post_init__(self) -> None:

@@ -44,7 +44,13 @@ _DECIDE_RESULT = (
 
 @dataclass
 class State:
-    """All of a run's state but the tensors: numbers that go into a checkpoint as they are."""
+    """All of a run's state but the tensors: numbers that go into a checkpoint as they are.
+
+    Example:
+        >>> state = tk.engine.State()
+        >>> state.epoch, state.total, state.best
+        (0, 0, None)
+    """
 
     phase: int = 0  # phases finished
     starts: list[int] = field(default_factory=list)  # epochs finished when each phase began
@@ -63,7 +69,14 @@ class State:
 
 
 class Training:
-    """One run of `fit`: what is fixed for the run, what is fixed for a phase, and the state."""
+    """One run of `fit`: what is fixed for the run, what is fixed for a phase, and the state.
+
+    Example:
+        >>> data = torch.randn(8, 4), torch.arange(8) % 2
+        >>> run = tk.fit(nn.Linear(4, 2), tk.classification(), data, plan=tk.finetune(1))
+        >>> run.settings.batch_size, run.settings.clip  # what is fixed for the run
+        (32, 1.0)
+    """
 
     def __init__(
         self, model: nn.Module, objective: Any, train: data.Source, validation: data.Source | None,
@@ -535,6 +548,14 @@ class Update:
         lr: the learning rate of the head then.
         phase, epoch: the name of the phase, and the epoch as the history counts it.
         skipped: whether fp16 made no step of it.
+
+    Example:
+        >>> data = torch.randn(8, 4), torch.arange(8) % 2
+        >>> plan = tk.finetune(1, lr=0.1, warmup=0.0, schedule="constant")
+        >>> run = tk.fit(nn.Linear(4, 2), tk.classification(), data, plan=plan, batch_size=4)
+        >>> update = run.replay(2)
+        >>> update.lr, update.epoch, len(update.batches[0])
+        (0.1, 1, 4)
     """
 
     batches: list[data.Batch]
@@ -601,6 +622,13 @@ class Run:
         best: the row of the history whose weights the model has.
         seconds: of all epochs, and of computing cached features, as measured when that was done.
         interrupted: whether Ctrl-C ended it early.
+
+    Example:
+        >>> data = torch.randn(8, 4), torch.arange(8) % 2
+        >>> how = {"plan": tk.finetune(2), "metrics": [tk.accuracy]}
+        >>> run = tk.fit(nn.Linear(4, 2), tk.classification(), data, data, **how)
+        >>> len(run.history), sorted(run.evaluate(data))
+        (2, ['accuracy', 'loss'])
     """
 
     def __init__(self, training: Training):
@@ -713,6 +741,13 @@ def fit(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names the remedy.
         FloatingPointError: the loss became NaN or infinite; the message names the update.
+
+    Example:
+        >>> data = torch.eye(4).repeat(50, 1), torch.arange(200) % 2
+        >>> model, plan = nn.Linear(4, 2), [tk.finetune(epochs=10, lr=0.1)]
+        >>> run = tk.fit(model, tk.classification(), data, data, plan=plan, metrics=[tk.accuracy])
+        >>> run.best["accuracy"]
+        1.0
     """
     given = dict(locals())
     distributed.start()

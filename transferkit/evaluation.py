@@ -36,6 +36,11 @@ class Predictions:
             `(length, C)` an item, its padding cut off.
         labels: `(n,)`, or as the logits without `C`, or None where the data have none.
         index: int64 `(n,)`, the items' numbers.
+
+    Example:
+        >>> said = tk.predict(nn.Linear(4, 3), torch.randn(5, 4))
+        >>> said.logits.shape, said.probabilities.shape, said.classes.shape, said.labels
+        ((5, 3), (5, 3), (5,), None)
     """
 
     logits: np.ndarray | list[np.ndarray]
@@ -78,6 +83,12 @@ def predict(
     Raises:
         ValueError: the data are empty, `batch_size` is below 1, or the outputs of items differ in
             shape and the data do not say how long each is.
+
+    Example:
+        >>> model, inputs = nn.Sequential(nn.Linear(4, 3), nn.Dropout()), torch.randn(5, 4)
+        >>> said = tk.predict(model, inputs, precision="fp32")
+        >>> np.array_equal(said.classes, model.eval()(inputs).argmax(1))
+        True
     """
     where = _where(model, data, batch_size, precision, device)
     found, labels = _outputs(model, lambda part, batch: forward(part, batch.inputs), where)
@@ -106,6 +117,13 @@ def evaluate(
     Raises:
         ValueError: the data are empty or have no labels, or `batch_size` is below 1.
         TypeError: the outputs are not one row an item, and the objective has no `scored`.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
+        >>> data = logits, torch.tensor([0, 1, 1])
+        >>> scores = tk.evaluate(nn.Identity(), tk.classification(), data, [tk.accuracy])
+        >>> {name: round(value, 3) for name, value in scores.items()}
+        {'loss': 0.794, 'accuracy': 0.667}
     """
     check(model, objective)
     where = _where(model, data, batch_size, precision, device)
@@ -113,7 +131,14 @@ def evaluate(
 
 
 class Where(NamedTuple):
-    """What is evaluated, in batches of which size, in which precision, and on which device."""
+    """What is evaluated, in batches of which size, in which precision, and on which device.
+
+    Example:
+        >>> source, cpu = tk.data.tensors(torch.randn(5, 4)), torch.device("cpu")
+        >>> where = tk.evaluation.Where(source, 2, tk.devices.autocast(cpu, "fp32"), cpu)
+        >>> [items.tolist() for items in where.batches()]
+        [[0, 1], [2, 3], [4]]
+    """
 
     source: data.Source
     batch_size: int
@@ -163,6 +188,14 @@ def scores(
 
     Raises:
         ValueError, TypeError: as `evaluate`.
+
+    Example:
+        >>> source, cpu = tk.data.tensors(torch.eye(2), [0, 1]), torch.device("cpu")
+        >>> where = tk.evaluation.Where(source, 64, tk.devices.autocast(cpu, "fp32"), cpu)
+        >>> what = tk.classification()
+        >>> found = tk.evaluation.scores(what, what.outputs, [tk.accuracy], nn.Identity(), where)
+        >>> found["accuracy"]
+        1.0
     """
     if hasattr(objective, "scored"):
         return _streamed(objective, outputs, metrics, model, where)

@@ -76,6 +76,11 @@ def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
     Raises:
         ValueError: the shapes do not fit or a label is out of range.
+
+    Example:
+        >>> logits, labels = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), np.array([0, 1, 1])
+        >>> tk.confusion_matrix(logits, labels).tolist()
+        [[1, 0], [1, 1]]
     """
     logits, labels = _checked(logits, labels)
     classes = logits.shape[1]
@@ -85,7 +90,13 @@ def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 @_metric(higher_is_better=True)
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the items whose largest logit is that of their label, in [0, 1]."""
+    """Share of the items whose largest logit is that of their label, in [0, 1].
+
+    Example:
+        >>> logits, labels = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), np.array([0, 1, 1])
+        >>> round(tk.accuracy(logits, labels), 3)
+        0.667
+    """
     return float((logits.argmax(axis=1) == labels).mean())
 
 
@@ -94,6 +105,11 @@ def balanced_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean over the classes of the share found of each (recall), in [0, 1].
 
     Classes without an item in `labels` are left out. Guessing gives 1/C whatever the class shares.
+
+    Example:
+        >>> logits, labels = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), np.array([0, 1, 1])
+        >>> tk.balanced_accuracy(logits, labels)
+        0.75
     """
     table = confusion_matrix(logits, labels)
     items = table.sum(axis=1)
@@ -105,6 +121,11 @@ def macro_f1(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean over the classes of F1 = 2 TP / (2 TP + FP + FN), in [0, 1].
 
     Classes that are neither a label nor a prediction are left out, as in scikit-learn.
+
+    Example:
+        >>> logits, labels = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), np.array([0, 1, 1])
+        >>> round(tk.macro_f1(logits, labels), 3)
+        0.667
     """
     table = confusion_matrix(logits, labels)
     sums = table.sum(axis=0) + table.sum(axis=1)
@@ -117,6 +138,11 @@ def mcc(logits: np.ndarray, labels: np.ndarray) -> float:
 
     Source: for more than two classes, Gorodkin (2004), "Comparing two K-category assignments by a
     K-category correlation coefficient", doi:10.1016/j.compbiolchem.2004.09.006.
+
+    Example:
+        >>> logits, labels = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), np.array([0, 1, 1])
+        >>> tk.mcc(logits, labels)
+        0.5
     """
     table = confusion_matrix(logits, labels).astype(np.float64)
     n, true, predicted = table.sum(), table.sum(axis=1), table.sum(axis=0)
@@ -131,6 +157,11 @@ def auroc(logits: np.ndarray, labels: np.ndarray) -> float:
     With two classes the score of an item is its logit of class 1 minus that of class 0; with more,
     the mean over the classes of one against the rest, scored by the softmax probability. NaN with
     a warning if a class has no item in `labels`: the area is then not defined.
+
+    Example:
+        >>> logits, labels = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), np.array([0, 1, 1])
+        >>> tk.auroc(logits, labels)
+        0.75
     """
     if missing := sorted(set(range(logits.shape[1])) - set(np.unique(labels).tolist())):
         warnings.warn(
@@ -216,6 +247,10 @@ def mean_interval(
 
     Source: for `test_per_train`, Nadeau & Bengio (2003), "Inference for the generalization error",
     doi:10.1023/A:1024068626366.
+
+    Example:
+        >>> print(tk.mean_interval([0.81, 0.83, 0.85]))
+        0.830 [0.780, 0.880] (n=3)
     """
     found = np.asarray(values, dtype=np.float64)
     if found.ndim != 1 or len(found) < 2 or not np.isfinite(found).all():
@@ -247,6 +282,10 @@ def paired_interval(
 
     Raises:
         ValueError: the two do not have the same length, or as in `mean_interval`.
+
+    Example:
+        >>> print(tk.paired_interval([0.81, 0.83, 0.85], [0.80, 0.81, 0.82]))
+        0.020 [-0.005, 0.045] (n=3)
     """
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.shape != right.shape:
@@ -276,6 +315,11 @@ def bootstrap_interval(
         ValueError: the shapes do not fit, `level` is outside (0, 1) or `repeats` is below 100.
 
     Source: Efron & Tibshirani (1993), "An introduction to the bootstrap", chapter 13.
+
+    Example:
+        >>> logits, labels = np.eye(2).repeat(20, axis=0), np.repeat([0, 1], 20)
+        >>> print(tk.bootstrap_interval(tk.accuracy, logits, labels))
+        1.000 [1.000, 1.000] (n=40)
     """
     logits, labels = _checked(logits, labels)
     _check_level(level)

@@ -47,7 +47,7 @@ class Loss:
         ValueError: `total` or `items` is a tensor with dimensions.
 
     Example:
-        >>> halves = Loss(torch.tensor(6.0), 2) + Loss(torch.tensor(3.0), 1)
+        >>> halves = tk.Loss(torch.tensor(6.0), 2) + tk.Loss(torch.tensor(3.0), 1)
         >>> halves.mean()
         tensor(3.)
     """
@@ -148,6 +148,11 @@ def as_numbers(losses: Iterable[Loss]) -> list[tuple[float, ...]]:
     """For each of some losses of one objective its totals and then its counts, as Python numbers.
 
     This waits for the device, once a column.
+
+    Example:
+        >>> losses = [tk.Loss(torch.tensor(6.0), 2), tk.Loss(torch.tensor(3.0), 1)]
+        >>> tk.objectives.as_numbers(losses)
+        [(6.0, 2), (3.0, 1)]
     """
     columns = zip(*(loss.totals + loss.counts for loss in losses), strict=True)
     return list(zip(*map(_read, columns), strict=True))
@@ -158,7 +163,12 @@ def _read(values: tuple[Any, ...]) -> Sequence[float]:
 
 
 def mean_of_sums(weights: Sequence[float], sums: Sequence[float]) -> float:
-    """The loss of several terms, of the totals of all of them and, after these, their counts."""
+    """The loss of several terms, of the totals of all of them and, after these, their counts.
+
+    Example:
+        >>> tk.objectives.mean_of_sums([1.0, 0.5], [6.0, 8.0, 3.0, 2.0])  # 6 / 3 + 0.5 * 8 / 2
+        4.0
+    """
     parts = zip(weights, sums[: len(weights)], sums[len(weights) :], strict=True)
     return sum(weight * total / (count or 1.0) for weight, total, count in parts)
 
@@ -185,6 +195,10 @@ def forward(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Tensor:
     Raises:
         TypeError: the model returned neither a tensor nor something with `logits`.
         ValueError: the model cannot take such inputs; what it said and the remedy are named.
+
+    Example:
+        >>> tk.objectives.forward(nn.Linear(4, 2), torch.randn(3, 4)).shape
+        torch.Size([3, 2])
     """
     try:
         if isinstance(inputs, Tensor) or hasattr(model, "stage_names"):
@@ -243,6 +257,12 @@ def check(model: Any, objective: Any) -> None:
 
     Raises:
         TypeError: one of them is not, or is a class that was not called.
+
+    Example:
+        >>> tk.objectives.check(nn.Linear, tk.classification())
+        Traceback (most recent call last):
+            ...
+        TypeError: the model is the class Linear, but an nn.Module is expected: ...
     """
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
@@ -323,6 +343,12 @@ class Classification(_Supervised):
     Raises:
         ValueError: `label_smoothing` is outside [0, 1); a class weight is negative or not finite,
             or all are 0.
+
+    Example:
+        >>> batch = tk.data.Batch(torch.randn(3, 4), torch.tensor([0, 1, 0]), torch.arange(3))
+        >>> loss = tk.classification(label_smoothing=0.1)(nn.Linear(4, 2), batch)
+        >>> loss.counts, loss.mean().shape
+        ((3,), torch.Size([]))
     """
 
     label_smoothing: float = 0.0
@@ -454,6 +480,12 @@ class TokenClassification(Classification):
 
     so every labelled token weighs the same, however the texts are cut into batches. Arguments and
     errors are those of `Classification`.
+
+    Example:
+        >>> tags = torch.tensor([[0, 1, -100], [1, -100, -100]])
+        >>> batch = tk.data.Batch(torch.randn(2, 3, 8), tags, torch.arange(2))
+        >>> tk.token_classification()(nn.Linear(8, 2), batch).counts
+        (tensor(3),)
     """
 
     def counts(self, batch: Batch) -> tuple[Number, ...]:
@@ -512,6 +544,11 @@ class Spans(_Supervised):
     start and of the end (Devlin et al. 2019, Section 4.2), each divided by how many items have such
     a label; -100 says that there is none, as where the answer was cut off. Where the inputs hold an
     attention mask, padding is no place, so that no item depends on the length of its batch.
+
+    Example:
+        >>> scores = torch.tensor([[[0.0, 3.0], [4.0, 0.0], [0.0, 2.0]]])  # of three tokens
+        >>> tk.spans().decode(scores)
+        tensor([[1, 2]])
     """
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -603,6 +640,11 @@ class Regression(_Supervised):
 
     The total is the sum over all values, the count how many there are: one big batch gives
     `torch.nn.functional.mse_loss`. Its unit is that of the label, squared.
+
+    Example:
+        >>> batch = tk.data.Batch(torch.ones(2, 1), torch.tensor([1.0, 3.0]), torch.arange(2))
+        >>> tk.regression()(nn.Identity(), batch).mean()
+        tensor(2.)
     """
 
     def counts(self, batch: Batch) -> tuple[Number, ...]:

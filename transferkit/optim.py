@@ -35,6 +35,16 @@ def parameter_groups(
         What a torch optimizer takes: for each combination that occurs a dictionary of `params`,
         their `names`, `lr`, the same as `peak`, and `weight_decay`. Every trainable parameter is
         in exactly one.
+
+    Example:
+        >>> groups = tk.layers.groups(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)))
+        >>> parts = tk.optim.parameter_groups(groups, lr=0.1, weight_decay=0.01, layer_decay=0.5)
+        >>> for part in parts:
+        ...     print(part["names"], part["lr"], part["weight_decay"])
+        ['1.weight'] 0.1 0.01
+        ['1.bias'] 0.1 0.0
+        ['0.weight'] 0.05 0.01
+        ['0.bias'] 0.05 0.0
     """
     holders = [group for group in found if group.parameters]
     parts: dict[tuple[float, float], dict[str, Any]] = {}
@@ -61,6 +71,10 @@ def factor(schedule: str, update: int, updates: int, warmup: float) -> float:
     Args:
         update: number of the update, from 0.
         updates: how many the phase has.
+
+    Example:
+        >>> [round(tk.optim.factor("linear", at, 10, warmup=0.2), 3) for at in (0, 1, 2, 6, 9)]
+        [0.333, 0.667, 1.0, 0.5, 0.125]
     """
     rising = math.ceil(warmup * updates)
     if update < rising:
@@ -85,6 +99,11 @@ def build(
 
     Raises:
         ValueError: nothing in the layer groups is trained.
+
+    Example:
+        >>> optimizer = tk.optim.build(tk.layers.groups(nn.Linear(4, 2)), lr=0.1, optimizer="sgd")
+        >>> type(optimizer).__name__, optimizer.param_groups[0]["names"]
+        ('SGD', ['weight', 'bias'])
     """
     decays = {"weight_decay": weight_decay, "layer_decay": layer_decay}
     parts = parameter_groups(found, lr=lr, rates=rates, **decays)
@@ -94,7 +113,13 @@ def build(
 
 
 def named(optimizer: torch.optim.Optimizer) -> dict[str, torch.nn.Parameter]:
-    """The parameters that an optimizer of `build` moves, by name."""
+    """The parameters that an optimizer of `build` moves, by name.
+
+    Example:
+        >>> optimizer = tk.optim.build(tk.layers.groups(nn.Linear(4, 2)), lr=0.1)
+        >>> {name: tuple(part.shape) for name, part in tk.optim.named(optimizer).items()}
+        {'weight': (2, 4), 'bias': (2,)}
+    """
     parts = [zip(g["names"], g["params"], strict=True) for g in optimizer.param_groups]
     return {name: parameter for part in parts for name, parameter in part}
 
@@ -103,6 +128,12 @@ def set_rates(optimizer: torch.optim.Optimizer, scale: float | Tensor) -> None:
     """Give every parameter group its peak rate times `scale`.
 
     A Python number, or a tensor of one element on the device, as fp16 has it: nothing waits.
+
+    Example:
+        >>> optimizer = tk.optim.build(tk.layers.groups(nn.Linear(4, 2)), lr=0.1)
+        >>> tk.optim.set_rates(optimizer, 0.5)
+        >>> optimizer.param_groups[0]["lr"]
+        0.05
     """
     for part in optimizer.param_groups:
         part["lr"] = part["peak"] * scale
@@ -121,6 +152,15 @@ class Average:
 
     Attributes:
         tensors: the averages, by name.
+
+    Example:
+        >>> weight = torch.zeros(1)
+        >>> average = tk.optim.Average(0.5, {"weight": weight})
+        >>> for made in (1, 2):  # two updates, after which the weight is 1 and 2
+        ...     weight = weight.fill_(made)
+        ...     average.update(made)
+        >>> average.tensors["weight"]  # (0.5 * 1 + 1 * 2) / (0.5 + 1)
+        tensor([1.6667])
     """
 
     def __init__(self, decay: float, parameters: Mapping[str, Tensor]):

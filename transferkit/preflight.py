@@ -230,6 +230,12 @@ def check(
     Raises:
         ValueError, TypeError: what `fit` would raise before or in its first step, in any phase.
         FloatingPointError: the loss of a first batch is NaN or infinite.
+
+    Example:
+        >>> data = torch.randn(8, 4), torch.arange(8) % 2
+        >>> report = tk.check(nn.Linear(4, 2), tk.classification(), data)
+        >>> report.unreached, report.host_reads
+        ({}, {})
     """
     plan = finetune(1) if plan is None else plan
     with _rehearsed(model, objective, train, validation, plan, settings) as training:
@@ -400,6 +406,12 @@ def lr_find(
     Raises:
         ValueError: the rates or their number are out of range, or what `fit` would raise.
         FloatingPointError: the loss of the first batch is NaN or infinite.
+
+    Example:
+        >>> data = torch.randn(8, 4), torch.arange(8) % 2
+        >>> test = tk.lr_find(nn.Linear(4, 2), tk.classification(), data, updates=20)
+        >>> len(test.losses) == len(test.rates) <= 20
+        True
     """
     whole = SimpleNamespace(low=low, high=high, updates=updates)
     require(
