@@ -50,13 +50,14 @@ peers:  ## ask other libraries the same laws, in .venv-peers, and record the ans
 diagrams: setup  ## draw the diagrams whose source changed (needs npm and Chromium)
 	@$(RUN) -m tools.diagrams
 
-lint: setup  ## check code style and spelling
+lint: setup  ## check code style, types and spelling
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
 	@$(RUN) -m codespell_lib
 
 lock: setup  ## write requirements.lock anew from pyproject.toml
 	@$(RUN) -m tools.lock
 
 clean:  ## remove what was built (.venv* too with ALL=1; the cache of assets stays)
-	rm -rf _build .pytest_cache .ruff_cache .hypothesis $(if $(ALL),.venv .venv-peers)
+	rm -rf _build .pytest_cache .ruff_cache .mypy_cache .hypothesis $(if $(ALL),.venv .venv-peers)

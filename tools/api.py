@@ -146,7 +146,7 @@ def markdown(text: str) -> str:
 
 def _section(name: str, block: str) -> str:
     if name == "Example":
-        return f"```python\n{block}\n```"
+        return f"```pycon\n{block}\n```"
     entries: list[str] = []
     for line in block.split("\n"):
         found = None if line.startswith(" ") else ENTRY.match(line)

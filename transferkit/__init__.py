@@ -7,6 +7,7 @@ costs next to nothing and a reader who only wants ``tk.datasets`` never pays for
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -15,12 +16,14 @@ _MODULES = (
     "backbones",
     "cache",
     "checkpoint",
+    "checks",
     "claims",
     "data",
     "datasets",
     "devices",
     "distributed",
     "engine",
+    "evaluation",
     "figures",
     "layers",
     "metrics",
@@ -40,8 +43,8 @@ _MODULES = (
 _NAMES = {
     # training: the verbs, the plan, the result
     "fit": "engine",
-    "evaluate": "engine",
-    "predict": "engine",
+    "evaluate": "evaluation",
+    "predict": "evaluation",
     "Loss": "objectives",
     "Run": "engine",
     "load": "checkpoint",
@@ -101,7 +104,8 @@ _NAMES = {
 __all__ = ["__version__", *_MODULES, *_NAMES]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
+    value: Any
     if name in _NAMES:
         value = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
     elif name in _MODULES:

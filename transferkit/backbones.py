@@ -55,6 +55,12 @@ def staged(
 
     Raises:
         TypeError: the order of the network's layers is not known.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> model = tk.staged(resnet18())
+        >>> [group.name for group in tk.layers.groups(model)]
+        ['stem', 'layer1', 'layer2', 'layer3', 'layer4', 'pool', 'head']
     """
     parts = divide(model)
     stages = [*parts.stem, *parts.layers, *parts.neck, *parts.after, ("head", parts.head)]

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,11 +27,20 @@ from torch import Tensor, nn
 from transferkit import checkpoint, data, distributed, layers
 
 _FORMAT = 3
+State = Tensor | dict[str, Tensor]  # at the cut
+About = dict[str, Any]  # what JSON says of the files
+Compute = Callable[[nn.Module, data.Batch], State]
+
 _KEPT_AS = {torch.bfloat16: torch.int16}  # numpy has no such type: its bits are kept
 
 
 def directory() -> Path:
-    """Where transferkit keeps what it can make again: TRANSFERKIT_CACHE or ~/.cache/transferkit."""
+    """Where transferkit keeps what it can make again: TRANSFERKIT_CACHE or ~/.cache/transferkit.
+
+    Example:
+        >>> (tk.cache.directory() / "features").name  # where features are kept
+        'features'
+    """
     return Path(os.environ.get("TRANSFERKIT_CACHE") or Path.home() / ".cache" / "transferkit")
 
 
@@ -39,9 +49,16 @@ class Features:
 
     Attributes:
         seconds: what computing them took, when they were computed.
+
+    Example:
+        >>> source = tk.data.tensors(torch.randn(6, 4), [0, 1] * 3)
+        >>> prefix = nn.Linear(4, 2).eval().requires_grad_(False)
+        >>> features = tk.cache.cached(prefix, source, lambda part, batch: part(batch.inputs))
+        >>> len(features), features.views, features.fetch([0, 1], None, 0).inputs.shape
+        (6, 1, torch.Size([2, 2]))
     """
 
-    sizes = None
+    sizes: np.ndarray | None = None
 
     def __init__(self, folder: Path, source: data.Source, views: int, labels: Tensor | None):
         try:
@@ -57,7 +74,9 @@ class Features:
     def __len__(self) -> int:
         return self._count
 
-    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> data.Batch:
+    def fetch(
+        self, indices: Sequence[int] | np.ndarray, epoch: int | None, seed: int
+    ) -> data.Batch:
         index = torch.as_tensor(indices)
         rows = index if self.views == 1 else index + (epoch or 0) % self.views * self._count
         if self._tokens is None:
@@ -80,16 +99,17 @@ class Features:
     def rounded(self) -> Features:
         """The same features, those of tokens in batches that are padded to a few lengths."""
         twin = copy(self)
-        twin.sizes = data.few_lengths(self.lengths)
+        twin.sizes = None if self.lengths is None else data.few_lengths(self.lengths)
         return twin
 
 
 def _token_table(source: data.Source, views: int) -> tuple[np.ndarray, np.ndarray]:
+    assert source.lengths is not None  # where states have tokens
     lengths = np.tile(source.lengths, views)  # lengths and ends, as `data.ragged` takes them
     return lengths, np.cumsum(lengths)
 
 
-def _map(folder: Path, part: dict, mode: str) -> Tensor:
+def _map(folder: Path, part: About, mode: Literal["c", "w+"]) -> Tensor:
     # mode "c" reads: pages are loaded on demand and shared, and what is written stays private
     dtype = getattr(torch, part["dtype"])
     kept = _KEPT_AS.get(dtype)
@@ -106,6 +126,16 @@ def refuse(objective: object, model: nn.Module, source: data.Source) -> None:
         ValueError: the objective acts below the cut, nothing is frozen at the input side, or the
             data look different in every epoch.
         TypeError: the model cannot be cut.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+        >>> source = tk.data.tensors(torch.randn(6, 4), [0, 1] * 3)
+        >>> tk.cache.refuse(tk.classification(), model, source)
+        Traceback (most recent call last):
+            ...
+        ValueError: nothing before the first trained layer group is frozen, ...
+        >>> tk.freeze(model, "0")
+        >>> tk.cache.refuse(tk.classification(), model, source)
     """
     live = "or train live with cache=False"
     if getattr(objective, "acts_below_head", True):
@@ -148,11 +178,19 @@ def cached(
     Raises:
         OSError: the disk has no room for the features or cannot be written to.
         ValueError: the state at the cut has no storable form, or stored features are damaged.
+
+    Example:
+        >>> source = tk.data.tensors(torch.randn(6, 4), [0, 1] * 3)
+        >>> prefix = nn.Linear(4, 2).eval().requires_grad_(False)
+        >>> features = tk.cache.cached(prefix, source, lambda part, batch: part(batch.inputs))
+        >>> torch.allclose(features.fetch([1, 4], None, 0).inputs, prefix(source.inputs[[1, 4]]))
+        True
     """
     views = source.views if augmented else 1
+    assert views is not None  # `refuse` saw to it
     base = directory() / "features"
     scratch = _scratch(base)
-    fill = (Path(scratch.name), prefix, source, compute, seed, augmented, batch_size)
+    fill = (Path(scratch.name), prefix, source, compute, views, seed, augmented, batch_size)
     content = None if source.labels is None else source.fingerprint()
     if content is None:  # nobody knows what the data are: for this run only
         features = Features(fill[0], source, views, _fill(*fill))
@@ -173,7 +211,7 @@ def cached(
     return Features(folder, source, views, source.labels)
 
 
-def _scratch(base: Path) -> tempfile.TemporaryDirectory:
+def _scratch(base: Path) -> tempfile.TemporaryDirectory[str]:
     try:
         base.mkdir(parents=True, exist_ok=True)
         for old in base.glob("part-*"):  # of a process that was killed
@@ -185,17 +223,20 @@ def _scratch(base: Path) -> tempfile.TemporaryDirectory:
         raise OSError(error.errno, f"cannot keep features in {base} ({error}): {remedy}") from error
 
 
-def _says(prefix: nn.Module, source: data.Source, compute: Callable) -> list[Tensor]:
+def _says(prefix: nn.Module, source: data.Source, compute: Compute) -> list[Tensor]:
     # The weights, and what the layers make of a few items: attributes and code decide that, too.
     few = np.unique(np.linspace(0, len(source) - 1, 4).astype(np.int64))
     state = compute(prefix, source.fetch(few, None, 0))
-    state = [state] if isinstance(state, Tensor) else list(state.values())
-    return [*checkpoint.tensors_of(prefix).values(), *state]
+    parts = [state] if isinstance(state, Tensor) else list(state.values())
+    return [*checkpoint.tensors_of(prefix).values(), *parts]
 
 
-def _fill(folder, prefix, source, compute, seed, augmented, batch_size) -> Tensor | None:
+def _fill(
+    folder: Path, prefix: nn.Module, source: data.Source, compute: Compute, views: int, seed: int,
+    augmented: bool, batch_size: int,
+) -> Tensor | None:  # fmt: skip
     # Writes one file for each tensor of the state, then about.json; returns the labels it met.
-    started, views = time.monotonic(), source.views if augmented else 1
+    started = time.monotonic()
     files: dict[str, Tensor] = {}
     batches = data.in_sequence(len(source), batch_size, source.lengths)
     labels = []
@@ -215,18 +256,19 @@ def _fill(folder, prefix, source, compute, seed, augmented, batch_size) -> Tenso
             for name, file in files.items():
                 part = parts[name].cpu()
                 file[rows] = part if tokens is None else part[real]
-            if view == 0:
+            if view == 0 and batch.labels is not None:
                 labels.append(batch.labels)
     about["seconds"] = time.monotonic() - started
     (folder / "about.json").write_text(json.dumps(about))
-    if labels[0] is None:
+    if not labels:
         return None
     return torch.cat(labels)[torch.from_numpy(np.argsort(np.concatenate(batches)))]
 
 
-def _describe(parts: dict[str, Tensor], single: bool, source: data.Source, views: int) -> dict:
+def _describe(parts: dict[str, Tensor], single: bool, source: data.Source, views: int) -> About:
     # What the files look like, from the first batch, which holds the longest item.
-    longest = None if source.lengths is None else int(source.lengths.max())
+    lengths = source.lengths
+    longest = None if lengths is None else int(lengths.max())
     by_token = [part.dim() > 1 + single and part.shape[1] == longest for part in parts.values()]
     if any(by_token) and (single or not all(by_token)):
         shapes = {name: tuple(part.shape) for name, part in parts.items()}
@@ -236,7 +278,7 @@ def _describe(parts: dict[str, Tensor], single: bool, source: data.Source, views
             "live with cache=False"
         )
     ragged = all(by_token)
-    rows = views * int(source.lengths.sum() if ragged else len(source))
+    rows = views * (len(source) if lengths is None or not ragged else int(lengths.sum()))
     described = []
     for name, part in parts.items():
         shape, dtype = [rows, *part.shape[1 + ragged :]], str(part.dtype).removeprefix("torch.")
@@ -244,7 +286,7 @@ def _describe(parts: dict[str, Tensor], single: bool, source: data.Source, views
     return {"single": single, "ragged": ragged, "parts": described}
 
 
-def _make_room(folder: Path, about: dict) -> None:
+def _make_room(folder: Path, about: About) -> None:
     sizes = [math.prod(p["shape"]) * getattr(torch, p["dtype"]).itemsize for p in about["parts"]]
     need, free = sum(sizes), shutil.disk_usage(folder).free
     if need > 0.9 * free:

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,8 +34,14 @@ LAST = "last.safetensors"
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, shared ones once, under their first name."""
-    found: dict[tuple, tuple[str, Tensor]] = {}
+    """Parameters and persistent buffers by name, shared ones once, under their first name.
+
+    Example:
+        >>> tensors = tk.checkpoint.tensors_of(nn.BatchNorm1d(3))
+        >>> list(tensors)
+        ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
+    """
+    found: dict[object, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict().items():
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         found.setdefault(place if tensor.numel() else name, (name, tensor))
@@ -43,7 +49,13 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
-    """A short hash of the values of named tensors."""
+    """A short hash of the values of named tensors.
+
+    Example:
+        >>> one, two = ({"weight": torch.full((2,), value)} for value in (1.0, 2.0))
+        >>> tk.checkpoint.weights_hash(one) == tk.checkpoint.weights_hash(two)
+        False
+    """
     return content_hash(*(tensors[name] for name in sorted(tensors)))[:16]
 
 
@@ -52,6 +64,12 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], origin: str | Path) ->
 
     Raises:
         ValueError: names or shapes differ; the first differences are named.
+
+    Example:
+        >>> one, two = nn.Linear(4, 2), nn.Linear(4, 2)
+        >>> tk.checkpoint.fill(two, tk.checkpoint.tensors_of(one), "the first model")
+        >>> torch.equal(one.weight, two.weight)
+        True
     """
     own = tensors_of(model)
     check(own, tensors, origin)
@@ -61,7 +79,15 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], origin: str | Path) ->
 
 
 def check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str | Path) -> None:
-    """Raise what `fill` raises, if the stored tensors do not fit a model's own."""
+    """Raise what `fill` raises, if the stored tensors do not fit a model's own.
+
+    Example:
+        >>> own, other = (tk.checkpoint.tensors_of(nn.Linear(4, size)) for size in (2, 3))
+        >>> tk.checkpoint.check(own, other, "the file")
+        Traceback (most recent call last):
+            ...
+        ValueError: the file does not fit the model: 2 tensors differ in name or shape, ...
+    """
     wrong = sorted(own.keys() ^ tensors.keys())
     wrong += [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
     if wrong:
@@ -74,6 +100,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
 
     Raises:
         OSError: the disk is full or cannot be written to; the file of before is as it was.
+
+    Example:
+        >>> from pathlib import Path
+        >>> tk.checkpoint.write(Path("ones.safetensors"), {"ones": torch.ones(2)}, {"step": 3})
+        >>> Path("ones.safetensors").is_file()
+        True
     """
     solid = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"format": FORMAT, **about}, default=_plain)
@@ -105,12 +137,19 @@ def _unwritable(path: Path, error: Exception) -> OSError:
     return OSError(text) if number is None else OSError(number, text)
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict]:
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the dictionary of a file that `write` made.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or no checkpoint of this library's format.
+
+    Example:
+        >>> from pathlib import Path
+        >>> tk.checkpoint.write(Path("ones.safetensors"), {"ones": torch.ones(2)}, {"step": 3})
+        >>> tensors, about = tk.checkpoint.read(Path("ones.safetensors"))
+        >>> tensors["ones"], about["step"]
+        (tensor([1., 1.]), 3)
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: check the folder's name")
@@ -133,14 +172,31 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors, whole, as `name of the parameter @ name of the moment`."""
+    """The optimizer's tensors, whole, as `name of the parameter @ name of the moment`.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = tk.optim.build(tk.layers.groups(model), lr=0.1)
+        >>> model(torch.randn(3, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> sorted(tk.checkpoint.moments(optimizer))[:3]
+        ['bias@exp_avg', 'bias@exp_avg_sq', 'bias@step']
+    """
     states = [(n, optimizer.state.get(p, {})) for n, p in optim.named(optimizer).items()]
     return {f"{name}@{kind}": distributed.whole(value) for name, state in states
             for kind, value in state.items() if isinstance(value, Tensor)}  # fmt: skip
 
 
 def fill_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give a new optimizer the tensors that `moments` returned."""
+    """Give a new optimizer the tensors that `moments` returned.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = tk.optim.build(tk.layers.groups(model), lr=0.1, optimizer="sgd")
+        >>> tk.checkpoint.fill_moments(optimizer, {"bias@momentum_buffer": torch.ones(2)})
+        >>> optimizer.state[model.bias]["momentum_buffer"]
+        tensor([1., 1.])
+    """
     parameters = optim.named(optimizer)
     for key, value in tensors.items():
         name, kind = key.rsplit("@", 1)
@@ -159,6 +215,13 @@ def save_run(
             of the best weights; older ones are removed only when the new state stands.
         best: these weights, written first; empty if the file stands already.
         average: the moving averages of the parameters, empty if there are none.
+
+    Example:
+        >>> from pathlib import Path
+        >>> about = {"identity": {"seed": 0}, "labels": None}
+        >>> tk.checkpoint.save_run(Path("run"), nn.Linear(4, 2), None, about, best={}, average={})
+        >>> [path.name for path in Path("run").iterdir()]
+        ['last.safetensors']
     """
     best_file = about.get("best_file")
     tensors = {f"model/{name}": tensor for name, tensor in tensors_of(model).items()}
@@ -167,7 +230,7 @@ def save_run(
     tensors |= {f"average/{name}": tensor for name, tensor in average.items()}
     if distributed.rank() == 0:
         if best:
-            write(directory / best_file, best, {"labels": about["labels"]})
+            write(directory / about["best_file"], best, {"labels": about["labels"]})
         write(directory / LAST, tensors, about)
         for path in directory.glob("best-*.safetensors"):
             if path.name != best_file:
@@ -175,12 +238,24 @@ def save_run(
     distributed.wait()  # whoever reads next finds it
 
 
-def load_run(directory: Path, identity: Mapping[str, Any]) -> tuple[dict, ...] | None:
+def load_run(directory: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
     """Weights, moments, averages, best weights and `about` of `save_run`; None if nothing is there.
 
     Raises:
         ValueError: the directory holds another run; what differs is named.
         OSError: the directory cannot be written to: better known now than after the first epoch.
+
+    Example:
+        >>> from pathlib import Path
+        >>> about = {"identity": {"seed": 0}, "labels": None}
+        >>> tk.checkpoint.save_run(Path("run"), nn.Linear(4, 2), None, about, best={}, average={})
+        >>> weights, *others, told = tk.checkpoint.load_run(Path("run"), {"seed": 0})
+        >>> sorted(weights), told["identity"]
+        (['bias', 'weight'], {'seed': 0})
+        >>> tk.checkpoint.load_run(Path("run"), {"seed": 1})
+        Traceback (most recent call last):
+            ...
+        ValueError: run holds another run (seed: 0 → 1): ...
     """
     if not (directory / LAST).exists():
         try:
@@ -190,14 +265,14 @@ def load_run(directory: Path, identity: Mapping[str, Any]) -> tuple[dict, ...] |
             raise _unwritable(directory, error) from error
         return None
     tensors, about = read(directory / LAST)
-    parts: dict[str, dict] = {"model": {}, "moments": {}, "average": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "moments": {}, "average": {}}
     for key, tensor in tensors.items():
         kind, name = key.split("/", 1)
         parts[kind][name] = tensor
-    stored, identity = about["identity"], json.loads(json.dumps(identity, default=_plain))
-    if identity.get("weights") == weights_hash(parts["model"]):
-        identity["weights"] = stored["weights"]  # the very model that was interrupted
-    changes = [f"{k}: {stored.get(k)!r} → {v!r}" for k, v in identity.items() if stored.get(k) != v]
+    stored, wanted = about["identity"], json.loads(json.dumps(identity, default=_plain))
+    if wanted.get("weights") == weights_hash(parts["model"]):
+        wanted["weights"] = stored["weights"]  # the very model that was interrupted
+    changes = [f"{k}: {stored.get(k)!r} → {v!r}" for k, v in wanted.items() if stored.get(k) != v]
     if changes:
         raise ValueError(
             f"{directory} holds another run ({'; '.join(changes)}): go on with the model, data and "
@@ -216,6 +291,11 @@ def save_model(
     Args:
         result: what to say of the training: the best epoch, the plan, the settings, the data.
         notes: what a person adds, by the heading of the card it belongs under.
+
+    Example:
+        >>> folder = tk.checkpoint.save_model("my-model", nn.Linear(4, 2), {})
+        >>> sorted(path.name for path in folder.iterdir())
+        ['README.md', 'model.json', 'model.safetensors']
     """
     directory = Path(directory)
     about = {
@@ -248,6 +328,14 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises:
         FileNotFoundError: the directory holds no model.
         ValueError: the file is damaged, or the model does not fit, or is needed and not given.
+
+    Example:
+        >>> data = torch.randn(8, 4), torch.arange(8) % 2
+        >>> run = tk.fit(nn.Linear(4, 2), tk.classification(), data, plan=tk.finetune(1))
+        >>> folder = run.save("my-model")
+        >>> model = tk.load("my-model", nn.Linear(4, 2))
+        >>> torch.equal(model.weight, run.model.weight)
+        True
     """
     path = Path(directory) / "model.safetensors"
     tensors, about = read(path)
@@ -264,12 +352,19 @@ def build(recipe: Mapping[str, Any] | None, origin: str | Path) -> nn.Module:
 
     Raises:
         ValueError: there is no recipe, or its loader is not one of `LOADERS`.
+
+    Example:
+        >>> tk.checkpoint.build({"loader": "os.system", "arguments": {}}, "the file")
+        Traceback (most recent call last):
+            ...
+        ValueError: the file does not say how to build its model: ...
     """
-    loader = (recipe or {}).get("loader", "")
+    recipe = recipe or {}
+    loader = recipe.get("loader", "")
     if loader not in LOADERS:
         remedy = "pass the same architecture as tk.load(directory, model=...)"
         raise ValueError(f"{origin} does not say how to build its model: {remedy}")
     arguments = dict(recipe["arguments"])
     arguments |= {"pretrained": False} if "pretrained" in arguments else {}  # weights: the file's
     module, _, name = loader.rpartition(".")
-    return getattr(importlib.import_module(module), name)(**arguments)
+    return cast(nn.Module, getattr(importlib.import_module(module), name)(**arguments))

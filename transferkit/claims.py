@@ -55,6 +55,10 @@ def claim(name: str, value: Any, *, low: float, high: float, seeds: int = 1) -> 
         ClaimError: the value is outside the interval, NaN or infinite (not in `smoke`).
         ValueError: the name, the interval or `seeds` is malformed.
         TypeError: the value is not a number.
+
+    Example:
+        >>> tk.claim("image-model.frozen-accuracy", 0.86, low=0.8, high=0.9, seeds=3)
+        claim image-model.frozen-accuracy: 0.86 in [0.8, 0.9] (3 seeds, ...)
     """
     check_name(name)
     low, high = _number(low, "low"), _number(high, "high")

@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
 _POOL = 64  # batches that are sorted by length together
 
@@ -31,6 +34,12 @@ class Batch:
         inputs: tensor `(batch, ...)`, or a dictionary of such tensors.
         labels: tensor `(batch, ...)`, or None where the items have none.
         index: the items' numbers in their source, int64 `(batch,)`.
+
+    Example:
+        >>> source = tk.data.tensors(torch.randn(5, 4), [0, 1, 0, 1, 0])
+        >>> batch = source.fetch([3, 1], None, 0)
+        >>> len(batch), batch.labels, batch.index
+        (2, tensor([1, 1]), tensor([3, 1]))
     """
 
     inputs: Tensor | dict[str, Tensor]
@@ -42,8 +51,10 @@ class Batch:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         inputs, labels = self.inputs, self.labels
-        single = isinstance(inputs, Tensor)
-        inputs = change(inputs) if single else {n: change(part) for n, part in inputs.items()}
+        if isinstance(inputs, Tensor):
+            inputs = change(inputs)
+        else:
+            inputs = {name: change(part) for name, part in inputs.items()}
         return Batch(inputs, None if labels is None else change(labels), self.index)
 
     def item(self, at: int) -> Batch:
@@ -73,15 +84,34 @@ class Source(Protocol):
             same items as batches padded to a few lengths, such as those of `few_lengths`.
         views: in how many ways an item can look: 1 without augmentation, k where epoch e shows view
             e mod k, None where every epoch shows a new one.
+
+    Example:
+        >>> class Numbers:
+        ...     labels = lengths = None
+        ...     views = 1
+        ...     def __len__(self):
+        ...         return 3
+        ...     def fetch(self, indices, epoch, seed):
+        ...         index = torch.as_tensor(indices)
+        ...         return tk.data.Batch(index.float().unsqueeze(1), None, index)
+        ...     def fingerprint(self):
+        ...         return None
+        >>> tk.predict(nn.Identity(), Numbers()).logits.tolist()
+        [[0.0], [1.0], [2.0]]
     """
 
-    labels: Tensor | None
-    lengths: np.ndarray | None
-    views: int | None
+    @property
+    def labels(self) -> Tensor | None: ...
+
+    @property
+    def lengths(self) -> np.ndarray | None: ...
+
+    @property
+    def views(self) -> int | None: ...
 
     def __len__(self) -> int: ...
 
-    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+    def fetch(self, indices: Sequence[int] | np.ndarray, epoch: int | None, seed: int) -> Batch:
         """The items `indices` as they look in `epoch`; `epoch=None` means unaugmented."""
 
     def fingerprint(self) -> str | None:
@@ -89,7 +119,12 @@ class Source(Protocol):
 
 
 def mix(*numbers: int) -> int:
-    """Hash whole numbers into one seed of 63 bits (the finaliser of splitmix64, Steele 2014)."""
+    """Hash whole numbers into one seed of 63 bits (the finaliser of splitmix64, Steele 2014).
+
+    Example:
+        >>> tk.data.mix(0, 1) == tk.data.mix(0, 1), tk.data.mix(0, 1) == tk.data.mix(1, 0)
+        (True, False)
+    """
     state = 0x9E3779B97F4A7C15
     for number in numbers:
         state = (state ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
@@ -99,7 +134,13 @@ def mix(*numbers: int) -> int:
 
 
 def randomness(seed: int, epoch: int, index: int) -> torch.Generator:
-    """The generator for the augmentation of one item in one epoch."""
+    """The generator for the augmentation of one item in one epoch.
+
+    Example:
+        >>> one, two = (tk.data.randomness(seed=0, epoch=3, index=17) for _ in range(2))
+        >>> torch.equal(torch.rand(5, generator=one), torch.rand(5, generator=two))
+        True
+    """
     return torch.Generator().manual_seed(mix(seed, epoch, index))
 
 
@@ -113,6 +154,11 @@ def order(
     that little is padded and the order is still random.
 
     The result is one int64 array of item numbers a batch.
+
+    Example:
+        >>> batches = tk.data.order(10, batch_size=4, seed=0, epoch=0)
+        >>> [len(items) for items in batches], sorted(np.concatenate(batches).tolist())
+        ([4, 4, 2], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     """
     random = np.random.default_rng(mix(seed, epoch, count))
     items = random.permutation(count)
@@ -129,12 +175,17 @@ def order(
 
 
 def in_sequence(count: int, batch_size: int, lengths: np.ndarray | None) -> list[np.ndarray]:
-    """Batches for evaluation: every item once; the longest first, where lengths are known."""
+    """Batches for evaluation: every item once; the longest first, where lengths are known.
+
+    Example:
+        >>> [items.tolist() for items in tk.data.in_sequence(5, 2, np.array([3, 9, 4, 1, 5]))]
+        [[1, 4], [2, 0], [3]]
+    """
     items = np.arange(count) if lengths is None else np.argsort(-lengths, kind="stable")
     return [items[at : at + batch_size] for at in range(0, count, batch_size)]
 
 
-class _Fetches(torch.utils.data.Dataset):
+class _Fetches(Dataset[Batch]):
     # One item of this data set is one batch, so that a worker fetches a whole batch at once.
     def __init__(self, source: Source, batches: Sequence[np.ndarray], epoch: int | None, seed: int):
         self.source, self.batches, self.epoch, self.seed = source, batches, epoch, seed
@@ -153,24 +204,35 @@ def stream(
     """The given batches of a source, one after the other, fetched here or by worker processes.
 
     With `pin` they are in pinned memory, from where a copy to a GPU waits for nothing.
+
+    Example:
+        >>> source = tk.data.tensors(torch.arange(6.0))
+        >>> [batch.inputs.tolist() for batch in tk.data.stream(source, [[0, 1], [4, 5]], None, 0)]
+        [[0.0, 1.0], [4.0, 5.0]]
     """
     fetches = _Fetches(source, batches, epoch, seed)
     if not workers:
         fetched = map(fetches.__getitem__, range(len(batches)))
         return map(Batch.pin_memory, fetched) if pin else fetched
     # With a generator of its own: the loader's draw of a base seed must not move the run's.
-    own, whole = torch.Generator(), {"batch_size": None, "num_workers": workers}
-    return iter(torch.utils.data.DataLoader(fetches, generator=own, pin_memory=pin, **whole))
+    own = torch.Generator()
+    return iter(DataLoader(fetches, None, num_workers=workers, pin_memory=pin, generator=own))
 
 
 def content_hash(*parts: Any) -> str:
-    """SHA-256 over tensors (type, shape, values) and the `repr` of anything else."""
+    """SHA-256 over tensors (type, shape, values) and the `repr` of anything else.
+
+    Example:
+        >>> flat, column = torch.ones(2), torch.ones(2, 1)
+        >>> tk.data.content_hash(flat) == tk.data.content_hash(column)
+        False
+    """
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
             digest.update(repr((part.dtype, tuple(part.shape))).encode())
             part = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(part.numpy())
+            digest.update(part.numpy().data)
         else:
             digest.update(repr(part).encode())
     return digest.hexdigest()
@@ -179,35 +241,35 @@ def content_hash(*parts: Any) -> str:
 def _labels_for(count: int, labels: Any) -> Tensor | None:
     if count < 1:
         raise ValueError("the data are empty, but at least one item is expected: check the split")
-    labels = None if labels is None else _tensor(labels)
-    if labels is not None and len(labels) != count:
-        raise ValueError(f"there are {count} items but {len(labels)} labels: pass one for each")
-    return labels
+    found = None if labels is None else _tensor(labels)
+    if found is not None and len(found) != count:
+        raise ValueError(f"there are {count} items but {len(found)} labels: pass one for each")
+    return found
 
 
 def _tensor(values: Any) -> Tensor:
     # Arrays and lists come as numpy and Python make them; a tensor is meant to be what it is.
-    if not isinstance(values, Tensor):
-        try:
-            array = np.asarray(values)
-            # torch takes neither negative strides nor a foreign order of bytes
-            array = np.require(array, array.dtype.newbyteorder("="), "C")
-            values = torch.as_tensor(array)
-        except (TypeError, ValueError) as error:
-            what = (
-                f"a {type(values).__name__} is no table of numbers ({error}), but numbers in rows"
-            )
-            raise TypeError(
-                f"{what} of one length are expected: number the classes of labels, make texts a "
-                "source with tk.data.texts, dictionaries one with tk.data.examples"
-            ) from error
-        if array.dtype.kind in "iu":
-            values = values.long()
-        elif values.dtype == torch.float64:
-            values = values.float()
-    if not values.dim():
+    tensor = values if isinstance(values, Tensor) else _of_numbers(values)
+    if not tensor.dim():
         raise ValueError("one number was passed, but one entry an item is expected: pass a list")
-    return values
+    return tensor
+
+
+def _of_numbers(values: Any) -> Tensor:
+    try:
+        array = np.asarray(values)
+        # torch takes neither negative strides nor a foreign order of bytes
+        array = np.require(array, array.dtype.newbyteorder("="), "C")
+        tensor = torch.as_tensor(array)
+    except (TypeError, ValueError) as error:
+        what = f"a {type(values).__name__} is no table of numbers ({error}), but numbers in rows"
+        raise TypeError(
+            f"{what} of one length are expected: number the classes of labels, make texts a "
+            "source with tk.data.texts, dictionaries one with tk.data.examples"
+        ) from error
+    if array.dtype.kind in "iu":
+        return tensor.long()
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def few_lengths(lengths: np.ndarray) -> np.ndarray:
@@ -215,6 +277,10 @@ def few_lengths(lengths: np.ndarray) -> np.ndarray:
 
     They are the eighths of all lengths, so that little is padded, in multiples of 8, which matrix
     units like, and end with the longest, beyond which a model may know no positions.
+
+    Example:
+        >>> tk.data.few_lengths(np.arange(1, 101)).tolist()
+        [16, 32, 40, 56, 64, 80, 88, 100]
     """
     eighths = np.quantile(lengths, np.arange(1, 9) / 8, method="higher")
     return np.unique(np.minimum(-(-eighths // 8) * 8, lengths.max())).astype(np.int64)
@@ -231,6 +297,12 @@ def ragged(
 
     Returns:
         bool `(batch, length)`, True for a token; int64, the places of these in the column.
+
+    Example:
+        >>> lengths = np.array([2, 1, 3])
+        >>> real, place = tk.data.ragged(lengths, lengths.cumsum(), np.array([0, 2]))
+        >>> real.tolist(), place.tolist()
+        ([[True, True, False], [True, True, True]], [0, 1, 3, 4, 5])
     """
     length = lengths[rows][:, None]
     longest = length.max()
@@ -247,6 +319,12 @@ class Tensors:
     Raises:
         ValueError: there is no item, or the labels are not as many as the inputs.
         TypeError: the inputs or labels are not numbers.
+
+    Example:
+        >>> source = tk.data.tensors(np.eye(3), [0, 1, 1])
+        >>> batch = source.fetch([2], None, 0)
+        >>> batch.inputs, batch.labels
+        (tensor([[0., 0., 1.]]), tensor([1]))
     """
 
     lengths = None
@@ -259,7 +337,7 @@ class Tensors:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+    def fetch(self, indices: Sequence[int] | np.ndarray, epoch: int | None, seed: int) -> Batch:
         index = torch.as_tensor(indices)
         labels = None if self.labels is None else self.labels[index]
         return Batch(self.inputs[index], labels, index)
@@ -285,12 +363,20 @@ class Texts:
         ValueError: there is no text, one has no tokens, `max_length` is below 1, or the labels are
             not as many.
         TypeError: the texts are one string, or one of them is none.
+
+    Example:
+        >>> def words(texts, truncation, max_length):
+        ...     return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
+        >>> source = tk.data.texts(["a fine film", "no"], [1, 0], words, max_length=8)
+        >>> source.fetch([0, 1], None, 0).inputs["input_ids"]
+        tensor([[1, 4, 4],
+                [2, 0, 0]])
     """
 
     views = 1
-    sizes = None  # lengths of batches, if they are few
+    sizes: np.ndarray | None = None  # lengths of batches, if they are few
 
-    def __init__(self, texts: Sequence[str], labels: Any, tokenizer: Callable, max_length: int):
+    def __init__(self, texts: Sequence[str], labels: Any, tokenizer: Any, max_length: int):
         if isinstance(texts, str):
             raise TypeError("the texts are one string, but a list of them is expected: pass [text]")
         if max_length < 1:
@@ -312,7 +398,7 @@ class Texts:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+    def fetch(self, indices: Sequence[int] | np.ndarray, epoch: int | None, seed: int) -> Batch:
         index = torch.as_tensor(indices)
         real, place = ragged(self.lengths, self._ends, index.numpy(), self.sizes)
         ids = torch.full(real.shape, self.padding)
@@ -346,13 +432,20 @@ class Images:
     Raises:
         ValueError: there is no image, the array is not uint8 of such a shape, the labels are not as
             many, or another argument is out of its range.
+
+    Example:
+        >>> pixels, half = np.zeros((4, 32, 32, 3), np.uint8), [0.5] * 3
+        >>> source = tk.data.images(pixels, [0, 1, 0, 1], size=16, mean=half, std=half)
+        >>> batch = source.fetch([0, 3], None, 0)
+        >>> batch.inputs.shape, batch.inputs.unique()
+        (torch.Size([2, 3, 16, 16]), tensor([-1.]))
     """
 
     lengths = None
 
     def __init__(
         self, array: np.ndarray, labels: Any, size: int, mean: Sequence[float],
-        std: Sequence[float], augment: Callable | None = None, views: int | None = None,
+        std: Sequence[float], augment: Augmentation | None = None, views: int | None = None,
     ):  # fmt: skip
         array = np.asarray(array)
         if array.dtype != np.uint8 or array.ndim < 3 or array.shape[3:] not in ((), (3,)):
@@ -377,7 +470,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+    def fetch(self, indices: Sequence[int] | np.ndarray, epoch: int | None, seed: int) -> Batch:
         index = torch.as_tensor(indices)
         images = self.pixels[index].float().div_(255)
         if self.augment is not None and epoch is not None:
@@ -397,7 +490,7 @@ class Images:
         # The text of an augmentation does not say what it closes over, so none is claimed.
         return None if self.augment else content_hash(self.pixels, self.mean, self.std)
 
-    def augmented(self, augment: Callable, views: int | None = None) -> Images:
+    def augmented(self, augment: Augmentation, views: int | None = None) -> Images:
         """The same images with an augmentation."""
         twin = copy(self)
         twin.augment, twin.views = augment, views
@@ -421,6 +514,12 @@ class Examples:
     Raises:
         ValueError: the data set is empty.
         TypeError: when fetched, an item is none of these.
+
+    Example:
+        >>> items = [(torch.tensor([float(at)]), at % 2) for at in range(4)]
+        >>> batch = tk.data.examples(items).fetch([1, 2], None, 0)
+        >>> batch.inputs.tolist(), batch.labels.tolist()
+        ([[1.0], [2.0]], [1, 0])
     """
 
     labels = lengths = None
@@ -432,7 +531,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+    def fetch(self, indices: Sequence[int] | np.ndarray, epoch: int | None, seed: int) -> Batch:
         epoch = 0 if epoch is None else epoch
         view = epoch if self.views is None else epoch % self.views
         index, rows, random = torch.as_tensor(indices), [], torch.get_rng_state()
@@ -441,7 +540,7 @@ class Examples:
             torch.default_generator.manual_seed(mix(seed, view, item))
             rows.append(self.dataset[item])
         torch.set_rng_state(random)
-        inputs, labels = torch.utils.data.default_collate(rows), None
+        inputs, labels = default_collate(rows), None
         if isinstance(inputs, Mapping):
             inputs = dict(inputs)
             labels = inputs.pop("labels", inputs.pop("label", None))
@@ -468,10 +567,15 @@ def as_source(data: Any, model: nn.Module | None = None) -> Source:
     Raises:
         TypeError: the data are none of these, or the model cannot prepare a split.
         ValueError: the data are empty.
+
+    Example:
+        >>> source = tk.data.as_source((torch.randn(6, 4), [0, 1, 0, 1, 0, 1]))
+        >>> type(source).__name__, len(source)
+        ('Tensors', 6)
     """
     if hasattr(data, "fetch"):
         _labels_for(len(data), None)
-        return data
+        return cast(Source, data)
     pair = isinstance(data, (tuple, list)) and len(data) == 2
     if pair and (isinstance(data, tuple) or all(hasattr(part, "shape") for part in data)):
         return Tensors(*data)
@@ -484,9 +588,9 @@ def as_source(data: Any, model: nn.Module | None = None) -> Source:
                 f"the model {type(model).__name__} cannot prepare a split: use a model of "
                 "tk.models.load, or make a source with tk.data.texts, images or tensors"
             )
-        source = prepare(data)
-        source.name = getattr(data, "name", "")  # for the model card
-        return source
+        prepared = prepare(data)
+        prepared.name = getattr(data, "name", "")  # for the model card
+        return cast(Source, prepared)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
         return Examples(data)
     raise TypeError(

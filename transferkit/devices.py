@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+Autocast = Callable[[], AbstractContextManager[Any]]
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,21 +60,104 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and tiles() else "fp32"
 
 
-def autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager]:
+def autocast(device: torch.device, precision: str) -> Autocast:
     """What makes the context in which a forward pass computes in that precision."""
     if precision == "fp32":
         return nullcontext
     return lambda: torch.autocast(device.type, _HALVES[precision])
 
 
-def compiled(model: nn.Module, backend: bool | str | Callable) -> nn.Module:
+def refuse_half(model: nn.Module) -> None:
+    """See that what is trained in fp16 has weights that keep small updates.
+
+    Raises:
+        ValueError: a trained parameter is float16.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise ValueError(
+                f"the parameter {name} is float16, in which small updates are lost: call "
+                "model.float(), and fit computes in fp16 where that is safe"
+            )
+
+
+class Scaler:
+    """Loss scaling for fp16 (Micikevicius et al. 2018), of which the host reads nothing in a step.
+
+    The loss is multiplied by a factor, so that small gradients do not vanish in half precision, and
+    the gradient is divided by it once. If the gradient is not finite, the update is skipped: the
+    parameters, the moments and the schedule stay, and the factor halves. It doubles after 2,000
+    updates in a row that were made. These are the numbers of `torch.amp.GradScaler`, which does not
+    tell whether an update was skipped unless the host waits for it.
+
+    Attributes:
+        scale: the factor, a tensor `()`.
+        found: 1 if the last update was skipped, else 0, a new tensor `()` at each update.
+        skipped: how many updates of the phase were skipped, int64 `(1,)`.
+
+    Example:
+        >>> model, cpu = nn.Linear(2, 1, bias=False), torch.device("cpu")
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+        >>> scaler = tk.devices.Scaler(cpu, scale=4.0)
+        >>> scaler.begin(optimizer, [1.0], skipped=0)
+        >>> model.weight.grad = torch.full((1, 2), torch.inf)
+        >>> norm = scaler.unscale([model.weight.grad])
+        >>> scaler.step(optimizer)  # is skipped
+        >>> scaler.scale.item(), scaler.skipped.item()
+        (2.0, 1)
+    """
+
+    def __init__(self, device: torch.device, scale: float = 2.0**16, clean: int = 0):
+        self.device = device
+        self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
+        self._clean = torch.tensor(clean, dtype=torch.int32, device=device)  # updates in a row
+
+    def begin(
+        self, optimizer: torch.optim.Optimizer, factors: Sequence[float], skipped: int
+    ) -> None:
+        """Start, or go on with, a phase whose schedule has these factors, one an update."""
+        self._factors = torch.tensor(factors, dtype=torch.float32, device=self.device)
+        self.skipped = torch.tensor([skipped], device=self.device)
+        for part in optimizer.param_groups:
+            if part.get("momentum"):
+                # torch takes empty memory for these in the first update, and skipping that one
+                # would leave it unset
+                for parameter in part["params"]:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def factor(self, update: int) -> Tensor:
+        """What the rates are multiplied by: the schedule at the number of updates really made."""
+        return self._factors.index_select(0, update - self.skipped)
+
+    def unscale(self, gradients: list[Tensor]) -> Tensor:
+        """Divide the gradients by the factor, in place; their norm, `()`, which decides `found`."""
+        torch._foreach_mul_(gradients, self.scale.reciprocal())
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        self.found = torch.isfinite(norm).logical_not().float()
+        return norm
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Update the parameters, unless the gradient is not finite, and the factor."""
+        # the fused kernels look at it on the device
+        optimizer.found_inf = self.found  # type: ignore[attr-defined]  # torch declares it nowhere
+        optimizer.step()
+        torch._amp_update_scale_(self.scale, self._clean, self.found, 2.0, 0.5, 2000)
+        self.skipped += self.found.long()
+
+    def state(self) -> dict[str, float]:
+        """The arguments that make it again; this waits for the device."""
+        return {"scale": self.scale.item(), "clean": self._clean.item()}
+
+
+def compiled(model: nn.Module, backend: bool | str | Callable[..., Any]) -> nn.Module:
     """The model compiled for each length of its inputs, and for any number of items.
 
     Args:
         backend: True for that of torch, or another one that `torch.compile` takes.
     """
-    how = {} if backend is True else {"backend": backend}
-    return torch.compile(model, dynamic=False, **how)
+    how: dict[str, Any] = {} if backend is True else {"backend": backend}
+    # of a module torch makes a module, which its signature does not say
+    return cast(nn.Module, torch.compile(model, dynamic=False, **how))
 
 
 def of_any_count(inputs: Tensor | dict[str, Tensor]) -> None:
@@ -80,13 +166,13 @@ def of_any_count(inputs: Tensor | dict[str, Tensor]) -> None:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
-def many_versions() -> AbstractContextManager:
+def many_versions() -> AbstractContextManager[Any]:
     """Where code may be compiled more often than eight times, by several phases or runs.
 
     Beyond its limit torch would go on without compiling, and say so in its log alone.
     """
     limits = {"recompile_limit": 1024, "accumulated_recompile_limit": 8192}
-    return torch._dynamo.config.patch(**limits)
+    return cast(AbstractContextManager[Any], torch._dynamo.config.patch(limits))
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:

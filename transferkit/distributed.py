@@ -15,18 +15,23 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from transferkit import layers, optim
+from transferkit.devices import Autocast
 
 if TYPE_CHECKING:
     from transferkit.data import Batch
     from transferkit.objectives import Loss
+
+T = TypeVar("T")
+Penalty = Callable[[nn.Module], Tensor | float]
 
 _PATIENCE = timedelta(hours=2)  # others wait so long for what only the first rank does
 
@@ -40,6 +45,11 @@ def start() -> None:
 
     Raises:
         ValueError: there are more processes on this machine than GPUs.
+
+    Example:
+        >>> tk.distributed.start()  # without torchrun nothing happens
+        >>> tk.distributed.ranks()
+        1
     """
     if not dist.is_available() or dist.is_initialized() or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
@@ -65,24 +75,44 @@ def _end() -> None:
 
 
 def ranks() -> int:
-    """How many processes train together; 1 without torchrun."""
+    """How many processes train together; 1 without torchrun.
+
+    Example:
+        >>> tk.distributed.ranks()
+        1
+    """
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process among them, from 0; rank 0 alone writes and speaks."""
+    """The number of this process among them, from 0; rank 0 alone writes and speaks.
+
+    Example:
+        >>> tk.distributed.rank()
+        0
+    """
     return dist.get_rank() if ranks() > 1 else 0
 
 
 def wait() -> None:
-    """Until every rank is here."""
+    """Until every rank is here.
+
+    Example:
+        >>> tk.distributed.wait()  # a single process goes on at once
+    """
     if ranks() > 1:
         add_up(0.0)
 
 
 @contextmanager
 def in_turn() -> Iterator[None]:
-    """The first rank of each machine does this before the others, which find what it left."""
+    """The first rank of each machine does this before the others, which find what it left.
+
+    Example:
+        >>> with tk.distributed.in_turn():
+        ...     print("made by the first, found by the others")
+        made by the first, found by the others
+    """
     first = ranks() == 1 or os.environ.get("LOCAL_RANK", str(rank())) == "0"
     if not first:
         wait()
@@ -93,11 +123,15 @@ def in_turn() -> Iterator[None]:
             wait()
 
 
-def share(batches: Sequence) -> Sequence:
+def share(batches: Sequence[T]) -> Sequence[T]:
     """This rank's batches: one of each round of as many as there are ranks.
 
     In a last round that is too short for all, the ranks that are left out are idle: they repeat its
     first batch, which counts for nothing, to take part in what all do together.
+
+    Example:
+        >>> tk.distributed.share(["batch 0", "batch 1", "batch 2"])  # rank 1 of 2: batch 1, batch 2
+        ['batch 0', 'batch 1', 'batch 2']
     """
     many, own = ranks(), rank()
     if many == 1:
@@ -115,6 +149,11 @@ def collect(parts: list[Tensor], count: int, longest: int | None = None) -> list
 
     Returns:
         `count` tensors on the host, the same on every rank; what idle ranks made is left out.
+
+    Example:
+        >>> parts = [torch.zeros(2, 3), torch.zeros(1, 3)]
+        >>> [len(part) for part in tk.distributed.collect(parts, 2)]
+        [2, 1]
     """
     if ranks() == 1:
         return parts
@@ -141,7 +180,12 @@ def _gathered(own: Tensor) -> Tensor:
 
 
 def add_up(values: Any) -> Any:
-    """Numbers, or lists of lists of them, summed over the ranks: the same on each, in float64."""
+    """Numbers, or lists of lists of them, summed over the ranks: the same on each, in float64.
+
+    Example:
+        >>> tk.distributed.add_up([[1.0, 2.0]])  # on two ranks [[2.0, 4.0]]
+        [[1.0, 2.0]]
+    """
     if ranks() == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64)
@@ -150,12 +194,22 @@ def add_up(values: Any) -> Any:
 
 
 def agree(*flags: bool) -> list[bool]:
-    """For each flag whether any rank raised it, so that all ranks decide alike."""
+    """For each flag whether any rank raised it, so that all ranks decide alike.
+
+    Example:
+        >>> tk.distributed.agree(True, False)
+        [True, False]
+    """
     return [raised > 0 for raised in add_up([float(flag) for flag in flags])]
 
 
 def of_first(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with the floats of rank 0: times differ, and other processors round otherwise."""
+    """The row with the floats of rank 0: times differ, and other processors round otherwise.
+
+    Example:
+        >>> tk.distributed.of_first({"loss": 0.5, "phase": "finetune"})
+        {'loss': 0.5, 'phase': 'finetune'}
+    """
     if ranks() == 1:
         return dict(row)
     names = [name for name, value in row.items() if isinstance(value, float)]
@@ -169,6 +223,12 @@ def alike(about: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: on all ranks, if they differ in something; it is named.
+
+    Example:
+        >>> dist = torch.distributed  # torchrun does this, of as many processes as it starts
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> tk.distributed.alike({"seed": 0})  # else a ValueError names the seed
+        >>> dist.destroy_process_group()
     """
     everyone: list[Any] = [None] * ranks()
     dist.all_gather_object(everyone, dict(about))
@@ -182,7 +242,14 @@ def alike(about: Mapping[str, Any]) -> None:
 
 
 def same_weights(model: nn.Module) -> None:
-    """Give the model of every rank the parameters and buffers of rank 0."""
+    """Give the model of every rank the parameters and buffers of rank 0.
+
+    Example:
+        >>> dist = torch.distributed  # torchrun does this, of as many processes as it starts
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> tk.distributed.same_weights(nn.Linear(4, 2))
+        >>> dist.destroy_process_group()
+    """
     with torch.no_grad():
         for tensor in model.state_dict().values():
             flat = tensor.contiguous().reshape(-1)
@@ -190,11 +257,21 @@ def same_weights(model: nn.Module) -> None:
             tensor.copy_(flat.view(tensor.shape))
 
 
-def counts(objective: Any, micro: Sequence[Batch], idle: bool, device: torch.device) -> tuple:
+def counts(
+    objective: Any, micro: Sequence[Batch], idle: bool, device: torch.device
+) -> tuple[Tensor, ...]:
     """The counts of a step over all its batches on all ranks: scalar tensors on the device.
 
     Args:
         idle: whether the last of `micro` repeats another rank's.
+
+    Example:
+        >>> dist = torch.distributed  # torchrun does this, of as many processes as it starts
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> batch = tk.data.Batch(torch.randn(3, 4), torch.tensor([0, 1, 0]), torch.arange(3))
+        >>> tk.distributed.counts(tk.classification(), [batch, batch], False, torch.device("cpu"))
+        (tensor(6., dtype=torch.float64),)
+        >>> dist.destroy_process_group()
     """
     rows = [objective.counts(batch) for batch in micro]
     rows[-1] = tuple(0 * value for value in rows[-1]) if idle else rows[-1]
@@ -211,24 +288,40 @@ def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all of one that is divided among the ranks (all must ask)."""
+    """The tensor itself, or all of one that is divided among the ranks (all must ask).
+
+    Example:
+        >>> tk.distributed.whole(torch.ones(2))
+        tensor([1., 1.])
+    """
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The tensor itself, or this rank's part of a divided one."""
+    """The tensor itself, or this rank's part of a divided one.
+
+    Example:
+        >>> tk.distributed.local(torch.ones(2))
+        tensor([1., 1.])
+    """
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def divided_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, known to every rank, on the device of a parameter and divided like it."""
-    tensor = tensor.to(parameter.device)
-    if not hasattr(parameter, "placements") or tensor.shape != parameter.shape:
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
+    """A whole tensor, known to every rank, on the device of a parameter and divided like it.
 
-    how = (parameter.device_mesh, parameter.placements)
-    return distribute_tensor(tensor, *how, src_data_rank=None)
+    Example:
+        >>> tk.distributed.divided_like(torch.ones(2), torch.zeros(2))
+        tensor([1., 1.])
+    """
+    tensor = tensor.to(parameter.device)
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None or tensor.shape != parameter.shape:
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)  # nothing else has a mesh
+    return distribute_tensor(tensor, mesh, parameter.placements, src_data_rank=None)
 
 
 class _Carrier(nn.Module):
@@ -238,20 +331,25 @@ class _Carrier(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, function: Callable, *arguments: Any) -> Any:
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(self.model, *arguments)
 
 
+@dataclass(eq=False, repr=False)
 class _Parallel:
     # What both ways have in common. There is one object for each phase.
-    def __init__(self, model, live, objective, optimizer, penalty):
-        self.model, self.live, self.objective = model, live, objective
-        self.penalty: Callable | None = penalty  # added to a rank's first value of a step
-        self.parameters = optim.named(optimizer)
+    model: nn.Module
+    live: nn.Module
+    objective: Any
+    optimizer: torch.optim.Optimizer
+    penalty: Penalty | None  # added to a rank's first value of a step
+
+    def __post_init__(self) -> None:
+        self.parameters = optim.named(self.optimizer)
         self.unreached: set[str] = set()
         self.moved: list[Tensor] = []  # buffers that a forward pass changes
 
-    def rehearse(self, batch: Batch, autocast: Callable) -> None:
+    def rehearse(self, batch: Batch, autocast: Autocast) -> None:
         """One step's forward and backward pass, of which nothing stays.
 
         It finds the parameters that the objective does not reach, and the buffers that it changes.
@@ -263,7 +361,10 @@ class _Parallel:
             for buffer, old in before:
                 buffer.copy_(old)
 
-    def _pass(self, batch: Batch, autocast: Callable) -> None:
+    def _loss(self, batch: Batch, last: bool) -> Loss:
+        raise NotImplementedError  # each of the two ways has its own
+
+    def _pass(self, batch: Batch, autocast: Autocast) -> None:
         with autocast():
             value = self.loss(batch, True, False).mean()
         if self.penalty is not None:
@@ -284,7 +385,7 @@ class _Parallel:
         loss = self._loss(batch, last)
         if not idle:
             return loss
-        totals, counts = ([0 * value for value in part] for part in (loss.totals, loss.counts))
+        totals, counts = [0 * value for value in loss.totals], [0 * value for value in loss.counts]
         terms = zip(loss.weights, totals, counts, strict=True)
         return type(loss).terms(dict(zip(loss.names, terms, strict=True)))
 
@@ -327,15 +428,30 @@ class Replicas(_Parallel):
         model, live: the model, and the part of it that the phase runs.
         optimizer: over the parameters that the phase trains.
         penalty: a function of the model, added once a step, or None.
+
+    Example:
+        >>> dist = torch.distributed  # torchrun does this, of as many processes as it starts
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> batch = tk.data.Batch(torch.randn(3, 4), torch.tensor([0, 1, 0]), torch.arange(3))
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = tk.optim.build(tk.layers.groups(model), lr=0.1)
+        >>> ranks = tk.distributed.Replicas(model, model, tk.classification(), optimizer, None)
+        >>> ranks.rehearse(batch, tk.devices.autocast(torch.device("cpu"), "fp32"))
+        >>> ranks.loss(batch, last=True, idle=False).mean().backward()
+        >>> ranks.finish(idle=False)
+        >>> model.weight.grad.shape
+        torch.Size([2, 4])
+        >>> dist.destroy_process_group()
     """
 
-    def __init__(self, model, live, objective, optimizer, penalty):
-        # the ranks' gradients are added up
-        share = None if penalty is None else lambda model: penalty(model) / ranks()
-        super().__init__(model, live, objective, optimizer, share)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole = self.penalty
+        if whole is not None:  # the ranks' gradients are added up
+            self.penalty = lambda model: whole(model) / ranks()
         self.wrapped: nn.parallel.DistributedDataParallel | None = None
 
-    def rehearse(self, batch: Batch, autocast: Callable) -> None:
+    def rehearse(self, batch: Batch, autocast: Autocast) -> None:
         super().rehearse(batch, autocast)
         if len(self.unreached) == len(self.parameters):
             return
@@ -344,7 +460,7 @@ class Replicas(_Parallel):
         ddp = nn.parallel.DistributedDataParallel
         known = inspect.signature(ddp).parameters  # torch 2.14 has a new name for the first
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        how = {name: False, "init_sync": False, "gradient_as_bucket_view": True}
+        how: dict[str, Any] = {name: False, "init_sync": False, "gradient_as_bucket_view": True}
         self.wrapped = ddp(_Carrier(self.live), **how)
         self.wrapped.register_comm_hook(None, _sum_up)
         for name in self.unreached:
@@ -355,17 +471,19 @@ class Replicas(_Parallel):
 
     def _loss(self, batch: Batch, last: bool) -> Loss:
         if self.wrapped is None:
-            return self.objective(self.live, batch)
+            loss: Loss = self.objective(self.live, batch)
+            return loss
         self.wrapped.require_backward_grad_sync = last  # what no_sync() sets
-        return self.wrapped(self.objective, batch)
+        loss = self.wrapped(self.objective, batch)
+        return loss
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """The objective's outputs for a batch."""
-        return self.objective.outputs(model, batch)
+        return cast(Tensor, self.objective.outputs(model, batch))
 
 
-def _sum_up(_, bucket):
-    # without annotations, for DDP compares them with classes and here they are strings
+# DDP compares annotations with classes, and here they would be strings
+def _sum_up(_, bucket):  # type: ignore[no-untyped-def]
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
 
@@ -381,29 +499,45 @@ class Shards(_Parallel):
 
     Raises:
         ValueError: two modules share a parameter, which the units would part.
+
+    Example:
+        >>> dist = torch.distributed  # torchrun does this, of as many processes as it starts
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> batch = tk.data.Batch(torch.randn(3, 4), torch.tensor([0, 1, 0]), torch.arange(3))
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = tk.optim.build(tk.layers.groups(model), lr=0.1)
+        >>> ranks = tk.distributed.Shards(model, model, tk.classification(), optimizer, None)
+        >>> ranks.loss(batch, last=True, idle=False).mean().backward()
+        >>> ranks.finish(idle=False)
+        >>> optimizer.step()
+        >>> ranks.gather()  # now the model has what its divided twin learned
+        >>> ranks.close()
+        >>> dist.destroy_process_group()
     """
 
-    def __init__(self, model, live, objective, optimizer, penalty):
+    def __post_init__(self) -> None:
+        live = self.live
         if len(list(live.parameters())) < len(list(live.named_parameters(remove_duplicate=False))):
             raise ValueError(
                 "the model uses a parameter in two places, and parallel='fsdp' would make two of "
                 "it: use parallel='ddp'"
             )
         self.plain, self.device = live, next(live.parameters()).device
-        self.whole_penalty = penalty
+        self.whole_penalty, self.penalty = self.penalty, None
         if self.whole_penalty is None:
-            model.to("cpu")
-        twin = copy.deepcopy(live)
-        self.carrier = _sharded(twin, self.device)
-        twins = dict(twin.named_parameters())
-        for group in optimizer.param_groups:
+            self.model.to("cpu")
+        self.live = copy.deepcopy(live)
+        self.carrier = _sharded(self.live, self.device)
+        twins = dict(self.live.named_parameters())
+        for group in self.optimizer.param_groups:
             group["params"] = [twins[name] for name in group["names"]]
             if "momentum" in group:  # divided tensors have no fused kernel of SGD
                 group |= {"fused": False, "foreach": True}
-        super().__init__(model, twin, objective, optimizer, None)
+        super().__post_init__()
 
     def _loss(self, batch: Batch, last: bool) -> Loss:
-        return self.carrier(self._told, batch)[1]
+        loss: Loss = self.carrier(self._told, batch)[1]
+        return loss
 
     def _told(self, model: nn.Module, batch: Batch) -> tuple[tuple[Tensor, ...], Loss]:
         loss = self.objective(model, batch)
@@ -411,7 +545,7 @@ class Shards(_Parallel):
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """The objective's outputs for a batch."""
-        return self.carrier(self.objective.outputs, batch)
+        return cast(Tensor, self.carrier(self.objective.outputs, batch))
 
     def finish(self, idle: bool) -> None:
         super().finish(idle)
@@ -440,15 +574,17 @@ class Shards(_Parallel):
 
 
 def _sharded(twin: nn.Module, device: torch.device) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    mesh = dist.init_device_mesh(device.type, (ranks(),))
+    mesh = init_device_mesh(device.type, (ranks(),))
     for group in layers.groups(twin):
         for module in group.modules:
             if any(True for _ in module.parameters()):
                 fully_shard(module, mesh=mesh)
     # At rest the root, too, is divided: what looks at the parameters finds them alike.
-    carrier = fully_shard(_Carrier(twin), mesh=mesh, reshard_after_forward=True)
+    carrier = _Carrier(twin)
+    fully_shard(carrier, mesh=mesh, reshard_after_forward=True)
     for module in carrier.modules():
         if isinstance(module, FSDPModule):  # sums, not means
             module.set_gradient_divide_factor(1.0)

@@ -1,4 +1,4 @@
-"""Training, evaluation, prediction. The one idea: one optimizer step at a time, and nothing hidden.
+"""Training. The one idea: one optimizer step at a time, and nothing hidden.
 
 `Training.step` is the whole of what happens in a step. A run's state is the model, the optimizer's
 moments and a few counters; order and augmentation follow from (seed, epoch), dropout and the
@@ -20,16 +20,19 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from transferkit import cache, checkpoint, data, devices, distributed, layers, optim, plan, show
-from transferkit.objectives import Loss, forward
+from transferkit import cache, checkpoint, data, devices, distributed, evaluation, layers, optim
+from transferkit.checks import functions, real, require, whole
+from transferkit.evaluation import Metric, Predictions
+from transferkit.objectives import Loss, Number, as_numbers, mean_of_sums
 from transferkit.objectives import check as check_parts
-from transferkit.plan import Phase, check, real, require, whole
+from transferkit.plan import Phase, Stopping, begin, check
+from transferkit.show import Bar, Table, curves
 
 _LOOK_EVERY = 50  # updates between two looks at the losses: each look waits for the device
 _SMALLEST_SCALE = 2.0**-20  # of the loss in fp16: 36 updates have been skipped in a row
@@ -39,208 +42,15 @@ _DECIDE_RESULT = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """What a model says about each item, in the order of the data.
-
-    Attributes:
-        logits: float32 `(n, C)`, or `(n, length, C)` where all items are as long; of a model that
-            says something about each token of texts of many lengths, a list with one array
-            `(length, C)` an item, its padding cut off.
-        labels: `(n,)`, or as the logits without `C`, or None where the data have none.
-        index: int64 `(n,)`, the items' numbers.
-    """
-
-    logits: np.ndarray | list[np.ndarray]
-    labels: np.ndarray | list[np.ndarray] | None
-    index: np.ndarray
-
-    @property
-    def probabilities(self) -> np.ndarray | list[np.ndarray]:
-        """The softmax of the logits over the classes, in their shape."""
-        return self._each(_softmax)
-
-    @property
-    def classes(self) -> np.ndarray | list[np.ndarray]:
-        """The number of the largest logit, int64, in the shape of the logits without `C`."""
-        return self._each(lambda logits: logits.argmax(axis=-1))
-
-    def _each(self, function: Callable) -> np.ndarray | list[np.ndarray]:
-        single = isinstance(self.logits, np.ndarray)
-        return function(self.logits) if single else [function(rows) for rows in self.logits]
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    # Eval mode without gradients. The modes of the modules are as before when it ends.
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        # not inference_mode: what a model caches now must serve in training later
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _batches(source: data.Source, batch_size: int) -> list[np.ndarray]:
-    if not whole(batch_size):
-        raise ValueError(f"batch_size is {batch_size}, but at least 1 is expected: try 64")
-    return data.in_sequence(len(source), batch_size, source.lengths)
-
-
-def _outputs(model, outputs, source, batch_size, autocast, device):
-    # The outputs for the whole source, float32 on the host in the order of the items, and a batch
-    # that holds all labels. Outputs, and labels, for each token are a list with a tensor an item.
-    # Several ranks share the batches, and each gets everything.
-    batches, found, labels = _batches(source, batch_size), [], []
-    own = distributed.share(batches)
-    with _inference(model):
-        for batch in data.stream(source, own, None, 0):
-            with autocast():
-                found.append(outputs(model, batch.to(device)).float())
-            labels.append(batch.labels)
-    lengths = None
-    if source.lengths is not None and all(
-        part.dim() > 2 and part.shape[1] == source.lengths[items].max()
-        for part, items in zip(found, own, strict=True)
-    ):
-        lengths = source.lengths
-    known = None
-    if labels[0] is not None:
-        by_token = labels[0].shape == found[0].shape[:2]
-        known = _joined(labels, batches, lengths if by_token else None)
-    return _joined(found, batches, lengths), data.Batch({}, known, torch.arange(len(source)))
-
-
-def _joined(parts: list[Tensor], batches: list[np.ndarray], lengths: np.ndarray | None):
-    # In the order of the items: one tensor or, with lengths, for each item its own tokens.
-    back = np.argsort(np.concatenate(batches), kind="stable")
-    shapes = sorted({tuple(part.shape[1:]) for part in parts})
-    if len(shapes) > 1 and lengths is None:
-        raise ValueError(
-            f"the batches have items of the shapes {shapes[0]} and {shapes[1]}, which cannot be "
-            "put together: give the source `lengths`, or let the model return one row an item"
-        )
-    parts = distributed.collect(parts, len(batches), None if lengths is None else lengths.max())
-    if lengths is None:
-        return torch.cat(parts).cpu()[torch.from_numpy(back)]
-    rows = [row for part in parts for row in part.cpu()]
-    return [rows[at][:length] for at, length in zip(back, lengths, strict=True)]
-
-
-def _scores(objective, metrics, outputs: Tensor, batch: data.Batch) -> dict[str, float]:
-    # From all outputs at once, so that no score depends on how they were batched.
-    if batch.labels is None:
-        raise ValueError("the data have no labels to score: use predict for unlabelled data")
-    if isinstance(outputs, list):
-        raise TypeError(
-            f"the model says something about each token, but the objective "
-            f"{type(objective).__name__} scores items: give it a method scored(outputs, batch)"
-        )
-    logits, labels = outputs.numpy(), batch.labels.cpu().numpy()
-    scores = {"loss": float(objective.loss(outputs, batch).mean())}
-    return scores | {metric.__name__: float(metric(logits, labels)) for metric in metrics}
-
-
-def _streamed_scores(objective, outputs, metrics, model, source, batch_size, autocast, device):
-    # Batch by batch, for outputs that are not one row an item and too many to keep. Every item is
-    # asked for its own rows, so that metrics see them in the order of the items. Of several ranks
-    # each does all of it.
-    losses, rows = [], {}
-    with _inference(model):
-        for batch in data.stream(source, _batches(source, batch_size), None, 0):
-            batch = batch.to(device)
-            with autocast():
-                found = outputs(model, batch)
-            losses.append(objective.loss(found, batch))
-            for at, item in enumerate(batch.index.tolist() if metrics else ()):
-                scored = objective.scored(found[at : at + 1], batch.item(at))
-                rows[item] = [part.cpu() for part in scored]
-    columns = zip(*(loss.totals + loss.counts for loss in losses), strict=True)
-    sums = [math.fsum(_read(column)) for column in columns]
-    scores = {"loss": _mean([float(weight) for weight in losses[-1].weights], sums)}
-    if metrics:
-        found, labels = zip(*(rows[item] for item in range(len(source))), strict=True)
-        logits, labels = torch.cat(found).float().numpy(), torch.cat(labels).numpy()
-    return scores | {metric.__name__: float(metric(logits, labels)) for metric in metrics}
-
-
-def _evaluated(objective, outputs, metrics, model, *where) -> dict[str, float]:
-    if hasattr(objective, "scored"):
-        return _streamed_scores(objective, outputs, metrics, model, *where)
-    return _scores(objective, metrics, *_outputs(model, outputs, *where))
-
-
-def predict(
-    model: nn.Module, data: Any, batch_size: int = 64, *, precision: str = "auto",
-    device: str | torch.device | None = None,
-) -> Predictions:  # fmt: skip
-    """What the model says about every item, once, in the order of the data.
-
-    Args:
-        model: called in eval mode; its training modes are as before afterwards.
-        data: a source, a pair of tensors, a torch data set, or a split the model can prepare.
-        batch_size: changes speed and memory alone.
-        precision, device: as in `fit`; None leaves the model where it is.
-
-    Raises:
-        ValueError: the data are empty, `batch_size` is below 1, or the outputs of items differ in
-            shape and the data do not say how long each is.
-    """
-    where = _where(model, data, batch_size, precision, device)
-    found, batch = _outputs(model, lambda part, batch: forward(part, batch.inputs), *where)
-
-    def arrays(part: Tensor | list[Tensor] | None) -> Any:
-        return [row.numpy() for row in part] if isinstance(part, list) else part.cpu().numpy()
-
-    labels = None if batch.labels is None else arrays(batch.labels)
-    return Predictions(arrays(found), labels, batch.index.numpy())
-
-
-def evaluate(
-    model: nn.Module, objective: Any, data: Any, metrics: Sequence[Callable] = (),
-    batch_size: int = 64, *, precision: str = "auto", device: str | torch.device | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """The mean loss and the metrics of a model on data: `{"loss": ..., "accuracy": ...}`.
-
-    Every item counts once; the metrics are computed from all outputs together. An objective with a
-    method `scored(outputs, batch) -> (rows (m, C), labels (m,))` says what metrics see of a batch:
-    the tokens that are not padding, say. Its loss is then summed over the batches, in float64, and
-    no outputs are kept but the rows that metrics ask for.
-
-    Args:
-        metrics: functions of logits `(n, C)` and labels `(n,)`, both arrays; else as in `predict`.
-
-    Raises:
-        ValueError: the data are empty or have no labels, or `batch_size` is below 1.
-        TypeError: the outputs are not one row an item, and the objective has no `scored`.
-    """
-    check_parts(model, objective)
-    where = _where(model, data, batch_size, precision, device)
-    return _evaluated(objective, objective.outputs, _functions(metrics), model, *where)
-
-
-def _where(model, items, batch_size, precision, device) -> tuple:
-    # What `_outputs` and `_streamed_scores` ask for after the model.
-    distributed.start()
-    if device is None:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    device = devices.resolve_device(device)
-    source = data.as_source(items, model.to(device))
-    autocast = devices.autocast(device, devices.resolve_precision(precision, device))
-    return source, batch_size, autocast, device
-
-
 @dataclass
 class State:
-    """All of a run's state but the tensors: numbers that go into a checkpoint as they are."""
+    """All of a run's state but the tensors: numbers that go into a checkpoint as they are.
+
+    Example:
+        >>> state = tk.engine.State()
+        >>> state.epoch, state.total, state.best
+        (0, 0, None)
+    """
 
     phase: int = 0  # phases finished
     starts: list[int] = field(default_factory=list)  # epochs finished when each phase began
@@ -254,35 +64,50 @@ class State:
     seconds: float = 0.0  # spent on this epoch
     feature_seconds: float = 0.0  # what computing cached features took
     skipped: list[int] = field(default_factory=list)  # updates of the run that fp16 did not make
-    best: dict | None = None  # the row of the history with the best value
-    history: list[dict] = field(default_factory=list)
+    best: dict[str, Any] | None = None  # the row of the history with the best value
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Training:
-    """One run of `fit`: what is fixed for the run, what is fixed for a phase, and the state."""
+    """One run of `fit`: what is fixed for the run, what is fixed for a phase, and the state.
 
-    def __init__(self, model, objective, train, validation, phases, metrics, settings, progress):
+    Example:
+        >>> data = torch.randn(8, 4), torch.arange(8) % 2
+        >>> run = tk.fit(nn.Linear(4, 2), tk.classification(), data, plan=tk.finetune(1))
+        >>> run.settings.batch_size, run.settings.clip  # what is fixed for the run
+        (32, 1.0)
+    """
+
+    def __init__(
+        self, model: nn.Module, objective: Any, train: data.Source, validation: data.Source | None,
+        phases: list[Phase], metrics: list[Metric], settings: SimpleNamespace,
+        progress: bool | None,
+    ):  # fmt: skip
         self.model, self.objective, self.metrics = model, objective, metrics
         self.source, self.held_out = train, validation
         self.phases, self.settings = phases, settings
-        self.progress = show.Bar(progress if distributed.rank() == 0 else False)
+        self.progress = Bar(progress if distributed.rank() == 0 else False)
         # what acts once an update: the objective, and the way in which the model is adapted
-        acting = (objective, getattr(model, "adaptation", None))
+        acting: tuple[Any, ...] = (objective, getattr(model, "adaptation", None))
         self.penalties = [part.penalty for part in acting if hasattr(part, "penalty")]
         self.after_update = [part.updated for part in acting if hasattr(part, "updated")]
-        self.parallel, self.idle = None, False  # of several ranks: how they train this phase
+        # of several ranks: how they train this phase
+        self.parallel: distributed.Replicas | distributed.Shards | None = None
         self.autocast = devices.autocast(settings.device, settings.precision)
         higher = {m.__name__: getattr(m, "higher_is_better", True) for m in metrics}
-        self.stopping = plan.Stopping(higher.get(settings.monitor, False), settings.patience)
+        self.stopping = Stopping(higher.get(settings.monitor, False), settings.patience)
         self.allowed = {n for n, p in model.named_parameters() if p.requires_grad}
-        self.state, self.best, self.moments, self.averages = State(), {}, {}, {}
+        self.state, self.save_cost = State(), 0.0
+        self.best: dict[str, Tensor] = {}
+        self.moments: dict[str, Tensor] = {}
+        self.averages: dict[str, Tensor] = {}
         self.average: optim.Average | None = None
         self.losses: list[tuple[int, Loss]] = []  # (update, loss), since the last look
         self.flags: list[tuple[int, Tensor]] = []  # (update, whether it was skipped), likewise
-        self.scaler = optim.Scaler(settings.device) if settings.precision == "fp16" else None
-        self.whole = self.busy = self.stop = self.interrupted = False
+        self.scaler = devices.Scaler(settings.device) if settings.precision == "fp16" else None
+        self.whole = self.busy = self.stop = self.interrupted = self.idle = False
         self.saved = self.started = time.monotonic()
-        self.save_cost, self.best_file = 0.0, None
+        self.best_file: str | None = None
         if self.after_update and (settings.parallel == "fsdp" or settings.precision == "fp16"):
             raise ValueError(
                 "what adapts the model after each update needs whole, finite gradients: use "
@@ -306,11 +131,11 @@ class Training:
     def _enter(self, phase: Phase) -> None:
         # Build, once, all that depends on what the phase trains.
         self.phase, self.checked, self.whole = phase, False, False
-        self.optimizer = plan.begin(phase, self.model, self.allowed)
+        self.optimizer = begin(phase, self.model, self.allowed)
         layers.apply_modes(self.model)
         self.parameters = optim.named(self.optimizer)
         self.live, self.train, self.validation = self.model, self.source, self.held_out
-        self.penalty = self._penalty if self.penalties else None
+        self.penalty: distributed.Penalty | None = self._penalty if self.penalties else None
         if phase.cache:
             self._attach_cache()
         self._wrap()
@@ -345,19 +170,22 @@ class Training:
         if self.stop and self.settings.ranks == 1:  # several stop together, between two steps
             raise KeyboardInterrupt
 
-    def _penalty(self, model: nn.Module) -> Tensor:
-        return sum(penalty(model) for penalty in self.penalties)
+    def _penalty(self, model: nn.Module) -> Tensor | float:
+        total: Tensor | float = sum(penalty(model) for penalty in self.penalties)
+        return total
 
     def _divide(self) -> None:
         # Of several ranks: what depends on the phase.
         settings = self.settings
-        kind = distributed.Shards if settings.parallel == "fsdp" else distributed.Replicas
-        self.parallel = kind(self.model, self.live, self.objective, self.optimizer, self.penalty)
-        self.live, self.parameters = self.parallel.live, self.parallel.parameters
+        kind: type[distributed.Replicas] | type[distributed.Shards] = distributed.Replicas
+        if settings.parallel == "fsdp":
+            kind = distributed.Shards
+        parallel = kind(self.model, self.live, self.objective, self.optimizer, self.penalty)
+        self.live, self.parameters = parallel.live, parallel.parameters
         self.plain = self.live
-        self.penalty = self.parallel.penalty
+        self.parallel, self.penalty = parallel, parallel.penalty
         first = self.train.fetch(self._order()[0], self.state.epoch, settings.seed)
-        self.parallel.rehearse(first.to(settings.device), self.autocast)
+        parallel.rehearse(first.to(settings.device), self.autocast)
 
     def _attach_cache(self) -> None:
         cache.refuse(self.objective, self.model, self.source)
@@ -370,11 +198,11 @@ class Training:
                 return part(batch.to(device).inputs)
 
         about = f"{self.settings.precision} {device.type}"
-        self.train = cache.cached(prefix, self.source, compute, about, seed, augmented=True)
-        seconds = self.train.seconds
+        features = cache.cached(prefix, self.source, compute, about, seed, augmented=True)
+        self.train, seconds = features, features.seconds
         if self.held_out is not None:
-            self.validation = cache.cached(prefix, self.held_out, compute, about)
-            seconds += self.validation.seconds
+            features = cache.cached(prefix, self.held_out, compute, about)
+            self.validation, seconds = features, seconds + features.seconds
         if self.state.update == 0:  # counted once, as measured when they were computed
             self.state.feature_seconds += seconds
 
@@ -410,13 +238,15 @@ class Training:
             for name, tensor in self.best.items():
                 own[name].copy_(tensor)
             state.phase, state.phase_epoch, state.update = state.phase + 1, 0, 0
-            self.optimizer = self.average = None
+            del self.optimizer
+            self.average = None
             self.stopping.phase_best, self.stopping.waited = None, 0  # of the phase that is done
         self._save()
 
     def _unite(self) -> None:
         # The end of what `_divide` began, with the weights as they were gathered last.
-        self.parallel.close()
+        if self.parallel is not None:
+            self.parallel.close()
         self.live, self.parallel = self.model, None
 
     def _epoch(self) -> None:
@@ -436,14 +266,15 @@ class Training:
                 state.total += 1
             self._between_steps()
         self._look()
-        row = {"epoch": state.epoch + 1, "phase": self.phase.name}
-        row["train_loss"] = _mean(state.weights, state.sums)
+        row: dict[str, Any] = {"epoch": state.epoch + 1, "phase": self.phase.name}
+        row["train_loss"] = mean_of_sums(state.weights, state.sums)
         if self.validation is not None:
             objective = self.objective if self.parallel is None else self.parallel
-            where = (max(64, settings.batch_size), self.autocast, settings.device)
-            what = (self.objective, objective.outputs, self.metrics, self.plain, self.validation)
+            size = max(64, settings.batch_size)
+            where = evaluation.Where(self.validation, size, self.autocast, settings.device)
+            what = (self.objective, objective.outputs, self.metrics, self.plain, where)
             with self._averaged():
-                row |= _evaluated(*what, *where)
+                row |= evaluation.scores(*what)
         if self.scaler is not None:
             first = state.total - math.ceil(state.batch / _share(settings))
             row["skipped"] = sum(update >= first for update in state.skipped)
@@ -474,7 +305,7 @@ class Training:
         size, seed = self.settings.batch_size, self.settings.seed
         return data.order(len(self.train), size, seed, self.state.epoch, self.train.lengths)
 
-    def _close_epoch(self, row: dict) -> None:
+    def _close_epoch(self, row: dict[str, Any]) -> None:
         state = self.state
         state.history.append(row)
         state.epoch, state.phase_epoch = state.epoch + 1, state.phase_epoch + 1
@@ -493,7 +324,8 @@ class Training:
         Nothing in here reads a value back from the device: no loss is looked at, and no norm.
         """
         state, settings, scaler = self.state, self.settings, self.scaler
-        device, parallel, counts = settings.device, self.parallel, None
+        device, parallel = settings.device, self.parallel
+        counts: tuple[Number, ...] | None = None
         rates = self._factor(state.update) if scaler is None else scaler.factor(state.update)
         optim.set_rates(self.optimizer, rates)
         micro = [batch.to(device) for batch in micro]
@@ -575,8 +407,7 @@ class Training:
         if not self.losses:
             return
         state, (_, last) = self.state, self.losses[-1]
-        columns = zip(*(loss.totals + loss.counts for _, loss in self.losses), strict=True)
-        rows = distributed.add_up(list(zip(*map(_read, columns), strict=True)))
+        rows = distributed.add_up(as_numbers(loss for _, loss in self.losses))
         for (update, _), row in zip(self.losses, rows, strict=True):
             if not all(map(math.isfinite, row)):
                 self._fail(update, "the loss became NaN or infinite")
@@ -595,7 +426,7 @@ class Training:
         if not math.isfinite(distributed.add_up(torch.stack(norms).sum().item())):
             self._fail(state.total - 1, "the weights became NaN or infinite")
 
-    def _fail(self, update: int, what: str) -> None:
+    def _fail(self, update: int, what: str) -> NoReturn:
         bad = []
         drawn = _drawn_again(update, self.train, self.state, self.phases, self.settings)
         for batch in drawn.batches:
@@ -611,7 +442,7 @@ class Training:
             remedy = f"the inputs of items {sorted(bad)[:10]} are not finite, so clean them"
         raise FloatingPointError(f"{what} at {where}: {remedy}")
 
-    def recipe(self) -> dict:
+    def recipe(self) -> dict[str, Any]:
         """How the run trains: all that decides its result but data and model, as plain values."""
         decisive = {name: getattr(self.settings, name) for name in _DECIDE_RESULT}
         plain = hasattr(self.objective, "__dataclass_fields__")
@@ -622,7 +453,7 @@ class Training:
             "metrics": [metric.__name__ for metric in self.metrics],
         }
 
-    def _identity(self) -> dict:
+    def _identity(self) -> dict[str, Any]:
         # What a stored state must agree with, to be gone on from.
         adaptation = getattr(self.model, "adaptation", None)
         tensors = checkpoint.tensors_of(self.model)
@@ -640,23 +471,23 @@ class Training:
         identity = self._identity() if self.settings.directory is None else self.identity
         distributed.alike(identity | {"state": asdict(self.state)})
 
-    def _content(self, source: data.Source | None) -> list | None:
+    def _content(self, source: data.Source | None) -> list[Any] | None:
         if source is None:
             return None
         labels = None if source.labels is None else data.content_hash(source.labels)[:16]
         return [len(source), labels, (source.fingerprint() or "unknown")[:16]]
 
-    def learned_from(self) -> dict[str, dict]:
+    def learned_from(self) -> dict[str, dict[str, Any]]:
         """What is known of the data without reading them again: for the model card."""
-        found, identity = {}, getattr(self, "identity", {})
+        found: dict[str, dict[str, Any]] = {}
         for part, source in (("data", self.source), ("validation", self.held_out)):
             if source is None:
                 continue
             found[part] = {"name": getattr(source, "name", ""), "items": len(source)}
             if source.labels is not None:
                 found[part]["labels sha256"] = data.content_hash(source.labels)[:16]
-            if identity.get(part, ["unknown"])[-1] != "unknown":
-                found[part]["inputs sha256"] = identity[part][-1]
+            if (known := getattr(self, "identity", {}).get(part, ["unknown"])[-1]) != "unknown":
+                found[part]["inputs sha256"] = known
         return found
 
     def _save(self) -> None:
@@ -667,7 +498,7 @@ class Training:
             self.parallel.gather()
         state, now = self.state, time.monotonic()
         state.seconds, self.started = state.seconds + now - self.started, now
-        about = {"state": asdict(state), "stopping": asdict(self.stopping)}
+        about: dict[str, Any] = {"state": asdict(state), "stopping": asdict(self.stopping)}
         if self.scaler is not None:
             about["scaler"] = self.scaler.state()
         about |= {"identity": self.identity, "labels": getattr(self.model, "labels", None)}
@@ -678,7 +509,8 @@ class Training:
         fresh = self.best if best_file != self.best_file else {}
         directory = self.settings.directory
         averages = self.average.tensors if self.average else {}
-        checkpoint.save_run(directory, self.model, self.optimizer, about, fresh, averages)
+        optimizer = getattr(self, "optimizer", None)  # there is none between two phases
+        checkpoint.save_run(directory, self.model, optimizer, about, fresh, averages)
         self.best_file, self.saved = best_file, time.monotonic()
         self.save_cost = self.saved - now
 
@@ -688,10 +520,10 @@ class Training:
         if stored is not None:
             weights, self.moments, self.averages, self.best, about = stored
             checkpoint.fill(self.model, weights, self.settings.directory / checkpoint.LAST)
-            self.stopping = plan.Stopping(**about["stopping"])
+            self.stopping = Stopping(**about["stopping"])
             self.state = State(**about["state"])
             if self.scaler is not None:
-                self.scaler = optim.Scaler(self.settings.device, **about["scaler"])
+                self.scaler = devices.Scaler(self.settings.device, **about["scaler"])
             self.identity, self.best_file = about["identity"], about.get("best_file")
 
 
@@ -704,17 +536,7 @@ def _rounded(source: data.Source) -> data.Source:
             f"compile=True needs batches of a few lengths, but a {type(source).__name__} makes "
             "them of all: give it a method rounded(), as tk.data.Texts has, or set compile=False"
         )
-    return source.rounded()
-
-
-def _read(values: Sequence[float | Tensor]) -> Sequence[float]:
-    return torch.stack(values).tolist() if isinstance(values[0], Tensor) else values
-
-
-def _mean(weights: Sequence[float], sums: Sequence[float]) -> float:
-    # the loss of several terms, whose totals come before their counts
-    parts = zip(weights, sums[: len(weights)], sums[len(weights) :], strict=True)
-    return sum(weight * total / (count or 1.0) for weight, total, count in parts)
+    return cast(data.Source, source.rounded())
 
 
 @dataclass(frozen=True)
@@ -726,6 +548,14 @@ class Update:
         lr: the learning rate of the head then.
         phase, epoch: the name of the phase, and the epoch as the history counts it.
         skipped: whether fp16 made no step of it.
+
+    Example:
+        >>> data = torch.randn(8, 4), torch.arange(8) % 2
+        >>> plan = tk.finetune(1, lr=0.1, warmup=0.0, schedule="constant")
+        >>> run = tk.fit(nn.Linear(4, 2), tk.classification(), data, plan=plan, batch_size=4)
+        >>> update = run.replay(2)
+        >>> update.lr, update.epoch, len(update.batches[0])
+        (0.1, 1, 4)
     """
 
     batches: list[data.Batch]
@@ -735,16 +565,18 @@ class Update:
     skipped: bool
 
 
-def _updates(count: int, settings: Any) -> int:
+def _updates(count: int, settings: SimpleNamespace) -> int:
     # in an epoch
-    return math.ceil(math.ceil(count / settings.batch_size) / _share(settings))
+    return math.ceil(math.ceil(count / int(settings.batch_size)) / _share(settings))
 
 
-def _share(settings: Any) -> int:  # the batches of one step, of all ranks together
-    return settings.accumulate * settings.ranks
+def _share(settings: SimpleNamespace) -> int:  # the batches of a step, of all ranks together
+    return int(settings.accumulate * settings.ranks)
 
 
-def _drawn_again(update: int, source: data.Source, state: State, phases, settings) -> Update:
+def _drawn_again(
+    update: int, source: data.Source, state: State, phases: list[Phase], settings: SimpleNamespace
+) -> Update:
     # Order and augmentation are functions of (seed, epoch, index), and the schedule one of the
     # updates that the phase had made: nothing of it was kept.
     source = _rounded(source) if settings.compile else source
@@ -790,6 +622,13 @@ class Run:
         best: the row of the history whose weights the model has.
         seconds: of all epochs, and of computing cached features, as measured when that was done.
         interrupted: whether Ctrl-C ended it early.
+
+    Example:
+        >>> data = torch.randn(8, 4), torch.arange(8) % 2
+        >>> how = {"plan": tk.finetune(2), "metrics": [tk.accuracy]}
+        >>> run = tk.fit(nn.Linear(4, 2), tk.classification(), data, data, **how)
+        >>> len(run.history), sorted(run.evaluate(data))
+        (2, ['accuracy', 'loss'])
     """
 
     def __init__(self, training: Training):
@@ -806,14 +645,14 @@ class Run:
     def __repr__(self) -> str:
         return f"Run of {len(self.history)} epochs, {self.seconds:.1f} s\n{self.table()}"
 
-    def table(self) -> show.Table:
+    def table(self) -> Table:
         """The history, which prints as a table."""
-        return show.Table(self.history)
+        return Table(self.history)
 
     def plot(self) -> Any:
         """A matplotlib figure of losses and metrics over the epochs, phases divided by lines."""
         names = [metric.__name__ for metric in self.metrics]
-        return show.curves(self.history, names, self._state.starts)
+        return curves(self.history, names, self._state.starts)
 
     def replay(self, step: int) -> Update:
         """What an update saw, drawn again: its batches, augmented as then, and its learning rate.
@@ -834,11 +673,11 @@ class Run:
     def evaluate(self, data: Any, batch_size: int = 64) -> dict[str, float]:
         """Loss and metrics on other data, in the precision of the run; see `evaluate`."""
         what = (self.model, self.objective, data, self.metrics, batch_size)
-        return evaluate(*what, precision=self.settings.precision)
+        return evaluation.evaluate(*what, precision=self.settings.precision)
 
     def predict(self, data: Any, batch_size: int = 64) -> Predictions:
         """What the model says about other data, in the precision of the run; see `predict`."""
-        return predict(self.model, data, batch_size, precision=self.settings.precision)
+        return evaluation.predict(self.model, data, batch_size, precision=self.settings.precision)
 
     def save(self, directory: str | Path, notes: Mapping[str, str] | None = None) -> Path:
         """Write the model, so that `transferkit.load(directory)` gives it back, and a model card.
@@ -856,13 +695,13 @@ class Run:
 
 def fit(
     model: nn.Module, objective: Any, train: Any, validation: Any = None, *,
-    plan: Sequence[Phase] | Phase, metrics: Sequence[Callable] = (), monitor: str | None = None,
-    patience: int | None = None, batch_size: int = 32, accumulate: int = 1,
-    precision: str = "auto", clip: float | None = 1.0, ema: float | None = None, seed: int = 0,
-    restore: str = "best", directory: str | Path | None = None, save_every: float = 60.0,
-    workers: int = 0, compile: bool | str | Callable = False, recompute: bool = False,
-    progress: bool | None = None, device: str | torch.device = "auto",
-    parallel: str | None = None,
+    plan: Sequence[Any] | Phase, metrics: Sequence[Metric] | Metric = (),
+    monitor: str | None = None, patience: int | None = None, batch_size: int = 32,
+    accumulate: int = 1, precision: str = "auto", clip: float | None = 1.0,
+    ema: float | None = None, seed: int = 0, restore: str = "best",
+    directory: str | Path | None = None, save_every: float = 60.0, workers: int = 0,
+    compile: bool | str | Callable[..., Any] = False, recompute: bool = False,
+    progress: bool | None = None, device: str | torch.device = "auto", parallel: str | None = None,
 ) -> Run:  # fmt: skip
     """Train a model by a plan of phases. It is changed in place and ends in eval mode.
 
@@ -880,7 +719,7 @@ def fit(
             ranks: an update of N ranks sees N times as many).
         precision: "fp32", "bf16", "fp16", or "auto": see `devices.resolve_precision`. The weights
             stay in float32. In fp16 an update whose gradient overflows is skipped, and the history
-            says how many were: see `optim.Scaler`.
+            says how many were: see `devices.Scaler`.
         clip: the largest norm of the gradient.
         ema: the decay, such as 0.999, of a moving average of the trained weights that is evaluated,
             and with which each phase ends, in place of the weights: see `optim.Average`. Buffers,
@@ -902,15 +741,25 @@ def fit(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names the remedy.
         FloatingPointError: the loss became NaN or infinite; the message names the update.
+
+    Example:
+        >>> data = torch.eye(4).repeat(50, 1), torch.arange(200) % 2
+        >>> model, plan = nn.Linear(4, 2), [tk.finetune(epochs=10, lr=0.1)]
+        >>> run = tk.fit(model, tk.classification(), data, data, plan=plan, metrics=[tk.accuracy])
+        >>> run.best["accuracy"]
+        1.0
     """
     given = dict(locals())
     distributed.start()
     return _conduct(_prepare(**given))
 
 
-def _prepare(model, objective, train, validation, plan, metrics, progress, **given) -> Training:
+def _prepare(
+    model: nn.Module, objective: Any, train: Any, validation: Any, plan: Any, metrics: Any,
+    progress: bool | None, **settings: Any,
+) -> Training:  # fmt: skip
     check_parts(model, objective)
-    phases, metrics, given = check(plan, model), _functions(metrics), SimpleNamespace(**given)
+    phases, metrics, given = check(plan, model), functions(metrics), SimpleNamespace(**settings)
     known = [*(metric.__name__ for metric in metrics), "loss"]
     given.monitor = known[0] if given.monitor is None else given.monitor
     limits = (given.clip is None or (real(given.clip) and given.clip > 0),
@@ -949,23 +798,17 @@ def _prepare(model, objective, train, validation, plan, metrics, progress, **giv
     if given.ranks > 1:
         _refuse_alone(given)
     if given.precision == "fp16":
-        _refuse_half(model)
+        devices.refuse_half(model)
     given.directory = given.directory and Path(given.directory)
     train = data.as_source(train, model.to(given.device))
     validation = None if validation is None else data.as_source(validation, model)
     if given.compile:
         _rounded(train)
-    _check_outputs(model, objective, [train, validation], given)
+    width = _width(model, objective, train, given)
+    for source in (train, validation):
+        if source is not None and source.labels is not None and hasattr(objective, "validate"):
+            objective.validate(source.labels, width)
     return Training(model, objective, train, validation, phases, metrics, given, progress)
-
-
-def _functions(metrics: Sequence[Callable] | Callable) -> list[Callable]:
-    listed = [metrics] if callable(metrics) or isinstance(metrics, str) else list(metrics)
-    for metric in listed:
-        if not (callable(metric) and hasattr(metric, "__name__")):
-            what = f"a metric is {metric!r}, but a function of logits and labels with a name is"
-            raise TypeError(f"{what} expected: pass functions, such as metrics=[tk.accuracy]")
-    return listed
 
 
 def _refuse_alone(given: SimpleNamespace) -> None:
@@ -980,38 +823,27 @@ def _refuse_alone(given: SimpleNamespace) -> None:
             )
 
 
-def _refuse_half(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype == torch.float16:
-            raise ValueError(
-                f"the parameter {name} is float16, in which small updates are lost: call "
-                "model.float(), and fit computes in fp16 where that is safe"
-            )
-
-
-def _check_outputs(model, objective, sources, settings) -> None:
+def _width(model: nn.Module, objective: Any, train: data.Source, settings: SimpleNamespace) -> int:
     # One item through the model: finds a wrong shape or label before anything is trained.
     model.eval()
     with torch.no_grad(), devices.autocast(settings.device, settings.precision)():
-        batch = sources[0].fetch(np.zeros(1, np.int64), None, 0).to(settings.device)
+        batch = train.fetch(np.zeros(1, np.int64), None, 0).to(settings.device)
         outputs = objective.outputs(model, batch)
     if not outputs.ndim:
         raise ValueError(
             "the model gives a single number for a batch of one item, but a row for each item is "
             "expected: let it keep the first dimension, with squeeze(-1) and not squeeze()"
         )
-    width = outputs.shape[-1]
+    width: int = outputs.shape[-1]
     labels = getattr(model, "labels", None)
     if labels is not None and len(labels) != width:
         raise ValueError(
             f"the model has {len(labels)} labels but {width} outputs: give its head one for each"
         )
     by_item = hasattr(objective, "validate") and not hasattr(objective, "scored")
-    if by_item and sources[0].labels is None and batch.labels is not None:
+    if by_item and train.labels is None and batch.labels is not None:
         objective.validate(batch.labels, width)  # of one item: the others come as they are fetched
-    for source in sources:
-        if source is not None and source.labels is not None and hasattr(objective, "validate"):
-            objective.validate(source.labels, width)
+    return width
 
 
 def _conduct(training: Training) -> Run:
@@ -1033,8 +865,7 @@ def _conduct(training: Training) -> Run:
             print(f"interrupted after {training.state.total} updates: {after}")
     finally:
         training.progress.close()
-        if training.parallel is not None:
-            training._unite()
+        training._unite()
         for name, parameter in training.model.named_parameters():
             parameter.requires_grad_(name in training.allowed)
             parameter.grad = None

@@ -90,6 +90,13 @@ def figure(name: str, fig: Figure, *, alt: str) -> None:
     Raises:
         ValueError: the name is malformed, the alternative text too short, or the figure too wide.
         TypeError: `fig` is not a figure.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> drawn = Figure(figsize=(4, 3))
+        >>> lines = drawn.subplots().plot([1, 2, 3], [0.5, 0.7, 0.8])
+        >>> tk.figure("image-model.curve", drawn, alt="Accuracy rises from 0.5 to 0.8.")
+        figure image-model.curve: Accuracy rises from 0.5 to 0.8.
     """
     check_name(name)
     from matplotlib import pyplot as plt

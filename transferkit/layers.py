@@ -21,6 +21,7 @@ from transferkit.show import Table
 
 _NORMALISES_BY_BATCH = nn.modules.batchnorm._NormBase  # BatchNorm and InstanceNorm, all sizes
 _NO_CODE = SimpleNamespace(co_names=())
+_Unit = tuple[str, tuple[nn.Module, ...], dict[str, nn.Parameter]]
 
 
 class Staged(nn.Module):
@@ -43,6 +44,12 @@ class Staged(nn.Module):
         ValueError: there is no stage, or a name is empty, used twice, that of a method, or the
             beginning of another.
         TypeError: something in it is no pair of a name and a module.
+
+    Example:
+        >>> body = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+        >>> model = tk.Staged([("body", body), ("head", nn.Linear(8, 2))], labels=["no", "yes"])
+        >>> model(torch.randn(3, 4)).shape, model.labels
+        (torch.Size([3, 2]), ['no', 'yes'])
     """
 
     def __init__(
@@ -55,11 +62,13 @@ class Staged(nn.Module):
             *levels, last = stage.split(".")
             parent: nn.Module = self
             for level in levels:
-                parent = parent._modules.setdefault(level, nn.Module())
+                if level not in parent._modules:
+                    parent.add_module(level, nn.Module())
+                parent = parent.get_submodule(level)
             parent.add_module(last, module)
         self.labels = None if labels is None else list(labels)
         self.prepare, self.name, self.weights_hash = prepare, name, weights_hash
-        self.recipe: dict | None = None
+        self.recipe: dict[str, Any] | None = None
 
     def run(self, state: Any, start: int = 0, stop: int | None = None) -> Any:
         """Apply the stages `start` to `stop` (exclusive) to the state before stage `start`."""
@@ -100,7 +109,13 @@ _TAKEN = {*dir(Staged), *vars(nn.Module()), "labels", "name", "prepare", "recipe
 
 @dataclass(frozen=True)
 class Group:
-    """One layer group: its modules, and the parameters that no earlier group holds."""
+    """One layer group: its modules, and the parameters that no earlier group holds.
+
+    Example:
+        >>> group = tk.layers.groups(nn.Sequential(nn.Linear(4, 2)))[0]
+        >>> group.name, list(group.parameters), group.trainable
+        ('0', ['0.weight', '0.bias'], True)
+    """
 
     name: str
     modules: tuple[nn.Module, ...]
@@ -112,11 +127,11 @@ class Group:
         return any(parameter.requires_grad for parameter in self.parameters.values())
 
 
-def _units(module: nn.Module, prefix: str = "") -> list[tuple[str, tuple[nn.Module, ...], dict]]:
+def _units(module: nn.Module, prefix: str = "") -> list[_Unit]:
     # (name, modules, own parameters) in the order of registration. A child that holds its layers in
     # a ModuleList is opened: such a list has no forward, so its entries are the layers.
     own = {prefix + name: p for name, p in module._parameters.items() if p is not None}
-    units = [(f"{prefix}(own)", (), own)] if own else []
+    units: list[_Unit] = [(f"{prefix}(own)", (), own)] if own else []
     for name, child in module.named_children():
         path = prefix + name
         listed = isinstance(child, nn.ModuleList)
@@ -133,13 +148,17 @@ def groups(model: nn.Module) -> list[Group]:
     The stages of a `Staged`, the children of a `Sequential`, else the top-level children, of which
     those that keep layers in a `ModuleList` (the encoders of transformers) are opened. A parameter
     that two groups share belongs to the first.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> [(group.name, len(group.parameters)) for group in tk.layers.groups(model)]
+        [('0', 2), ('1', 0), ('2', 2)]
     """
+    units = _units(model)
     if isinstance(model, Staged):
         units = [(name, (stage,), {}) for name, stage in model._pairs()]
     elif isinstance(model, nn.Sequential):
         units = [(name, (child,), {}) for name, child in model.named_children()]
-    else:
-        units = _units(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: list[Group] = []
     for name, modules, own in units:
@@ -157,6 +176,11 @@ def matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
 
     Raises:
         ValueError: a pattern matches nothing; the nearest names are listed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> sorted(tk.layers.matching(model, ["*.bias"]))
+        ['0.bias', '2.bias']
     """
     parents = {}
     for name, _ in model.named_parameters():
@@ -187,12 +211,26 @@ def freeze(model: nn.Module, *patterns: str) -> None:
     """Keep the parameters that match from being trained; without a pattern, all of them.
 
     A phase of `fit` never trains what was frozen before. Patterns and errors as in `matching`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> tk.freeze(model, "0")
+        >>> [name for name, part in model.named_parameters() if part.requires_grad]
+        ['2.weight', '2.bias']
     """
     _switch(model, patterns, False)
 
 
 def unfreeze(model: nn.Module, *patterns: str) -> None:
-    """Undo `freeze` for the parameters that match; without a pattern, for all."""
+    """Undo `freeze` for the parameters that match; without a pattern, for all.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> tk.freeze(model)
+        >>> tk.unfreeze(model, "*.bias")
+        >>> [name for name, part in model.named_parameters() if part.requires_grad]
+        ['0.bias', '2.bias']
+    """
     _switch(model, patterns, True)
 
 
@@ -202,6 +240,12 @@ def active(found: Sequence[Group]) -> list[bool]:
     A group with parameters is active if one of them is trained. A group without, such as a dropout
     between two others, goes with the next group that has some: the dropout before a head is the
     head's. Where there is nothing in it that training changes, it is never active.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 2))
+        >>> tk.freeze(model, "0")
+        >>> tk.layers.active(tk.layers.groups(model))
+        [False, True, True]
     """
     follows = next((g.trainable for g in reversed(found) if g.parameters), False)
     flags = []
@@ -228,6 +272,13 @@ def apply_modes(model: nn.Module) -> None:
     Active groups go to train mode, all others to eval mode: no dropout, and BatchNorm uses its
     stored statistics and leaves them alone. Inside an active group a BatchNorm whose own weights
     are frozen is in eval mode too.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        >>> tk.freeze(model, "[01]")
+        >>> tk.layers.apply_modes(model)
+        >>> [layer.training for layer in model]
+        [False, False, True]
     """
     found = groups(model)
     for module in model.modules():  # those that only hold groups keep this mode
@@ -241,7 +292,14 @@ def apply_modes(model: nn.Module) -> None:
 
 
 def frozen_prefix(model: nn.Module) -> int:
-    """How many groups at the input side training leaves unchanged: where features can be cached."""
+    """How many groups at the input side training leaves unchanged: where features can be cached.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> tk.freeze(model, "0")
+        >>> tk.layers.frozen_prefix(model)
+        2
+    """
     flags = active(groups(model))
     return flags.index(True) if True in flags else len(flags)
 
@@ -269,10 +327,17 @@ def split(model: nn.Module, boundary: int | str) -> tuple[nn.Module, nn.Module]:
     Raises:
         TypeError: the model has no order of calls that could be cut.
         ValueError: there is no such boundary, or one side would be empty.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> prefix, suffix = tk.layers.split(model, 2)
+        >>> inputs = torch.randn(3, 4)
+        >>> torch.equal(suffix(prefix(inputs)), model(inputs))
+        True
     """
     pairs = _in_order(model)
     found = [group.name for group in groups(model)]
-    at = found.index(boundary) if boundary in found else boundary
+    at = found.index(boundary) if isinstance(boundary, str) and boundary in found else boundary
     if not isinstance(at, int) or isinstance(at, bool) or not 0 < at < len(found):
         expected = f"a number from 1 to {len(found) - 1} or one of {found[1:]}"
         raise ValueError(f"the boundary is {boundary!r}: give {expected}")
@@ -283,6 +348,8 @@ def split(model: nn.Module, boundary: int | str) -> tuple[nn.Module, nn.Module]:
 
 
 class _Recomputing(Staged):
+    again: set[str]  # names of the stages that are computed twice
+
     def run(self, state: Any, start: int = 0, stop: int | None = None) -> Any:
         for name in self.stage_names[start:stop]:
             stage = self.get_submodule(name)
@@ -301,6 +368,12 @@ def recomputing(model: nn.Module) -> Staged:
 
     Raises:
         TypeError: the model has no order of calls that could be cut.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> twin, inputs = tk.layers.recomputing(model), torch.randn(3, 4)
+        >>> torch.equal(twin(inputs), model(inputs))
+        True
     """
     pairs = _in_order(model)
     twin = _Recomputing(pairs)
@@ -313,7 +386,18 @@ def recomputing(model: nn.Module) -> Staged:
 
 
 def summary(model: nn.Module) -> Table:
-    """A table of the layer groups: parameters, how many are trained, and the mode in training."""
+    """A table of the layer groups: parameters, how many are trained, and the mode in training.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> tk.freeze(model, "0")
+        >>> tk.summary(model)
+        group  parameters  trainable  mode
+        0              40          0  eval
+        1               0          0  eval
+        2              18         18  train
+        total          58         18
+    """
     found = groups(model)
     rows = Table()
     for group, flag in zip(found, active(found), strict=True):

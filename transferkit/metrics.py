@@ -13,24 +13,25 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
+F = TypeVar("F", bound=Callable[..., float])
 
 
-def _metric(higher_is_better: bool) -> Callable[[Callable[..., float]], Metric]:
-    def decorate(function: Callable[..., float]) -> Metric:
+def _metric(higher_is_better: bool) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
         @wraps(function)
-        def checked(logits: np.ndarray, labels: np.ndarray, **settings) -> float:
+        def checked(logits: np.ndarray, labels: np.ndarray, **settings: Any) -> float:
             logits, labels = _checked(logits, labels)
             if np.isnan(logits).any():
                 return float("nan")
-            return float(function(logits, labels, **settings))
+            return function(logits, labels, **settings)
 
-        checked.higher_is_better = higher_is_better
-        return checked
+        vars(checked)["higher_is_better"] = higher_is_better
+        return cast(F, checked)  # what is called like the function, and checks what it is given
 
     return decorate
 
@@ -57,13 +58,15 @@ def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities of shape `(n, C)` in float64, each row adding up to 1."""
-    return np.exp(_log_softmax(logits))
+    found: np.ndarray = np.exp(_log_softmax(logits))
+    return found
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = np.asarray(logits, dtype=np.float64)
+    shifted: np.ndarray = np.asarray(logits, dtype=np.float64)
     shifted = shifted - shifted.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    shifted = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
 
 
 def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -73,6 +76,11 @@ def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
     Raises:
         ValueError: the shapes do not fit or a label is out of range.
+
+    Example:
+        >>> logits, labels = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), np.array([0, 1, 1])
+        >>> tk.confusion_matrix(logits, labels).tolist()
+        [[1, 0], [1, 1]]
     """
     logits, labels = _checked(logits, labels)
     classes = logits.shape[1]
@@ -82,8 +90,14 @@ def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 @_metric(higher_is_better=True)
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the items whose largest logit is that of their label, in [0, 1]."""
-    return (logits.argmax(axis=1) == labels).mean()
+    """Share of the items whose largest logit is that of their label, in [0, 1].
+
+    Example:
+        >>> logits, labels = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), np.array([0, 1, 1])
+        >>> round(tk.accuracy(logits, labels), 3)
+        0.667
+    """
+    return float((logits.argmax(axis=1) == labels).mean())
 
 
 @_metric(higher_is_better=True)
@@ -91,10 +105,15 @@ def balanced_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean over the classes of the share found of each (recall), in [0, 1].
 
     Classes without an item in `labels` are left out. Guessing gives 1/C whatever the class shares.
+
+    Example:
+        >>> logits, labels = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), np.array([0, 1, 1])
+        >>> tk.balanced_accuracy(logits, labels)
+        0.75
     """
     table = confusion_matrix(logits, labels)
     items = table.sum(axis=1)
-    return (table.diagonal()[items > 0] / items[items > 0]).mean()
+    return float((table.diagonal()[items > 0] / items[items > 0]).mean())
 
 
 @_metric(higher_is_better=True)
@@ -102,10 +121,15 @@ def macro_f1(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean over the classes of F1 = 2 TP / (2 TP + FP + FN), in [0, 1].
 
     Classes that are neither a label nor a prediction are left out, as in scikit-learn.
+
+    Example:
+        >>> logits, labels = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), np.array([0, 1, 1])
+        >>> round(tk.macro_f1(logits, labels), 3)
+        0.667
     """
     table = confusion_matrix(logits, labels)
     sums = table.sum(axis=0) + table.sum(axis=1)
-    return (2 * table.diagonal()[sums > 0] / sums[sums > 0]).mean()
+    return float((2 * table.diagonal()[sums > 0] / sums[sums > 0]).mean())
 
 
 @_metric(higher_is_better=True)
@@ -114,11 +138,16 @@ def mcc(logits: np.ndarray, labels: np.ndarray) -> float:
 
     Source: for more than two classes, Gorodkin (2004), "Comparing two K-category assignments by a
     K-category correlation coefficient", doi:10.1016/j.compbiolchem.2004.09.006.
+
+    Example:
+        >>> logits, labels = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), np.array([0, 1, 1])
+        >>> tk.mcc(logits, labels)
+        0.5
     """
     table = confusion_matrix(logits, labels).astype(np.float64)
     n, true, predicted = table.sum(), table.sum(axis=1), table.sum(axis=0)
     scale = np.sqrt((n * n - true @ true) * (n * n - predicted @ predicted))
-    return (n * table.trace() - true @ predicted) / scale if scale else 0.0
+    return float((n * table.trace() - true @ predicted) / scale) if scale else 0.0
 
 
 @_metric(higher_is_better=True)
@@ -128,6 +157,11 @@ def auroc(logits: np.ndarray, labels: np.ndarray) -> float:
     With two classes the score of an item is its logit of class 1 minus that of class 0; with more,
     the mean over the classes of one against the rest, scored by the softmax probability. NaN with
     a warning if a class has no item in `labels`: the area is then not defined.
+
+    Example:
+        >>> logits, labels = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), np.array([0, 1, 1])
+        >>> tk.auroc(logits, labels)
+        0.75
     """
     if missing := sorted(set(range(logits.shape[1])) - set(np.unique(labels).tolist())):
         warnings.warn(
@@ -139,7 +173,7 @@ def auroc(logits: np.ndarray, labels: np.ndarray) -> float:
     if logits.shape[1] == 2:
         return _area(logits[:, 1].astype(np.float64) - logits[:, 0], labels == 1)
     scores = softmax(logits)
-    return np.mean([_area(scores[:, c], labels == c) for c in range(logits.shape[1])])
+    return float(np.mean([_area(scores[:, c], labels == c) for c in range(logits.shape[1])]))
 
 
 def _area(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -148,13 +182,13 @@ def _area(scores: np.ndarray, positive: np.ndarray) -> float:
     ranks = (np.cumsum(repeats) - (repeats - 1) / 2)[place]
     positives = positive.sum()
     wins = ranks[positive].sum() - positives * (positives + 1) / 2
-    return wins / (positives * (len(scores) - positives))
+    return float(wins / (positives * (len(scores) - positives)))
 
 
 @_metric(higher_is_better=False)
 def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean cross-entropy of the softmax, in nats; ln C for a model that says nothing."""
-    return -_log_softmax(logits)[np.arange(len(labels)), labels].mean()
+    return -float(_log_softmax(logits)[np.arange(len(labels)), labels].mean())
 
 
 @_metric(higher_is_better=False)
@@ -172,7 +206,7 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int
     correct = probabilities.argmax(axis=1) == labels
     bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     gaps = np.bincount(bin_of, weights=confidence - correct, minlength=bins)
-    return np.abs(gaps).sum() / len(labels)
+    return float(np.abs(gaps).sum() / len(labels))
 
 
 @dataclass(frozen=True)
@@ -196,7 +230,7 @@ class Interval:
 
 
 def mean_interval(
-    values: Sequence[float], level: float = 0.95, test_per_train: float = 0.0
+    values: Sequence[float] | np.ndarray, level: float = 0.95, test_per_train: float = 0.0
 ) -> Interval:
     """Mean of repeated runs with Student's t interval.
 
@@ -213,11 +247,15 @@ def mean_interval(
 
     Source: for `test_per_train`, Nadeau & Bengio (2003), "Inference for the generalization error",
     doi:10.1023/A:1024068626366.
+
+    Example:
+        >>> print(tk.mean_interval([0.81, 0.83, 0.85]))
+        0.830 [0.780, 0.880] (n=3)
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
+    found = np.asarray(values, dtype=np.float64)
+    if found.ndim != 1 or len(found) < 2 or not np.isfinite(found).all():
         raise ValueError(
-            f"the values are {values.tolist()}, but at least two finite numbers are expected: "
+            f"the values are {found.tolist()}, but at least two finite numbers are expected: "
             "an interval needs several seeds or folds"
         )
     _check_level(level)
@@ -228,14 +266,15 @@ def mean_interval(
         )
     from scipy.stats import t
 
-    n, mean = len(values), values.mean()
-    half = t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) * np.sqrt(1 / n + test_per_train)
+    n, mean = len(found), found.mean()
+    half = t.ppf((1 + level) / 2, n - 1) * found.std(ddof=1) * np.sqrt(1 / n + test_per_train)
     return Interval(float(mean), float(mean - half), float(mean + half), n)
 
 
 def paired_interval(
-    a: Sequence[float], b: Sequence[float], level: float = 0.95, test_per_train: float = 0.0
-) -> Interval:
+    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, level: float = 0.95,
+    test_per_train: float = 0.0,
+) -> Interval:  # fmt: skip
     """Mean of `a - b` with Student's t interval, for runs on the same seeds or folds in one order.
 
     An interval without 0 says that the two differ at this level; see `mean_interval` for the
@@ -243,14 +282,18 @@ def paired_interval(
 
     Raises:
         ValueError: the two do not have the same length, or as in `mean_interval`.
+
+    Example:
+        >>> print(tk.paired_interval([0.81, 0.83, 0.85], [0.80, 0.81, 0.82]))
+        0.020 [-0.005, 0.045] (n=3)
     """
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if a.shape != b.shape:
+    left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if left.shape != right.shape:
         raise ValueError(
-            f"a has shape {a.shape} and b {b.shape}, but pairs are expected: give one result of "
-            "each for every seed or fold"
+            f"a has shape {left.shape} and b {right.shape}, but pairs are expected: give one "
+            "result of each for every seed or fold"
         )
-    return mean_interval(a - b, level, test_per_train)
+    return mean_interval(left - right, level, test_per_train)
 
 
 def bootstrap_interval(
@@ -272,6 +315,11 @@ def bootstrap_interval(
         ValueError: the shapes do not fit, `level` is outside (0, 1) or `repeats` is below 100.
 
     Source: Efron & Tibshirani (1993), "An introduction to the bootstrap", chapter 13.
+
+    Example:
+        >>> logits, labels = np.eye(2).repeat(20, axis=0), np.repeat([0, 1], 20)
+        >>> print(tk.bootstrap_interval(tk.accuracy, logits, labels))
+        1.000 [1.000, 1.000] (n=40)
     """
     logits, labels = _checked(logits, labels)
     _check_level(level)

@@ -8,7 +8,8 @@ over the micro-batches of a step and divides once, so that the gradient is that 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from operator import add
@@ -46,7 +47,7 @@ class Loss:
         ValueError: `total` or `items` is a tensor with dimensions.
 
     Example:
-        >>> halves = Loss(torch.tensor(6.0), 2) + Loss(torch.tensor(3.0), 1)
+        >>> halves = tk.Loss(torch.tensor(6.0), 2) + tk.Loss(torch.tensor(3.0), 1)
         >>> halves.mean()
         tensor(3.)
     """
@@ -76,7 +77,10 @@ class Loss:
         loss._set(tuple(named), weights, totals, counts)
         return loss
 
-    def _set(self, names, weights, totals, counts) -> None:
+    def _set(
+        self, names: tuple[str, ...], weights: tuple[Number, ...], totals: tuple[Tensor, ...],
+        counts: tuple[Number, ...],
+    ) -> None:  # fmt: skip
         for name, total, count in zip(names, totals, counts, strict=True):
             if not isinstance(total, Tensor):
                 raise TypeError(
@@ -140,6 +144,35 @@ class Loss:
         return f"Loss({', '.join(self.names)})"  # the numbers stay on their device
 
 
+def as_numbers(losses: Iterable[Loss]) -> list[tuple[float, ...]]:
+    """For each of some losses of one objective its totals and then its counts, as Python numbers.
+
+    This waits for the device, once a column.
+
+    Example:
+        >>> losses = [tk.Loss(torch.tensor(6.0), 2), tk.Loss(torch.tensor(3.0), 1)]
+        >>> tk.objectives.as_numbers(losses)
+        [(6.0, 2), (3.0, 1)]
+    """
+    columns = zip(*(loss.totals + loss.counts for loss in losses), strict=True)
+    return list(zip(*map(_read, columns), strict=True))
+
+
+def _read(values: tuple[Any, ...]) -> Sequence[float]:
+    return torch.stack(values).tolist() if isinstance(values[0], Tensor) else values
+
+
+def mean_of_sums(weights: Sequence[float], sums: Sequence[float]) -> float:
+    """The loss of several terms, of the totals of all of them and, after these, their counts.
+
+    Example:
+        >>> tk.objectives.mean_of_sums([1.0, 0.5], [6.0, 8.0, 3.0, 2.0])  # 6 / 3 + 0.5 * 8 / 2
+        4.0
+    """
+    parts = zip(weights, sums[: len(weights)], sums[len(weights) :], strict=True)
+    return sum(weight * total / (count or 1.0) for weight, total, count in parts)
+
+
 def _divide(total: Tensor, count: Number) -> Tensor:
     if isinstance(count, Tensor):
         count = count.to(total.dtype)
@@ -162,6 +195,10 @@ def forward(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Tensor:
     Raises:
         TypeError: the model returned neither a tensor nor something with `logits`.
         ValueError: the model cannot take such inputs; what it said and the remedy are named.
+
+    Example:
+        >>> tk.objectives.forward(nn.Linear(4, 2), torch.randn(3, 4)).shape
+        torch.Size([3, 2])
     """
     try:
         if isinstance(inputs, Tensor) or hasattr(model, "stage_names"):
@@ -188,7 +225,7 @@ def _misfit(model: nn.Module, inputs: Tensor | Mapping[str, Any], error: Excepti
     # what was given, what the model said to it, and what to do
     said = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     single = isinstance(inputs, Tensor)
-    parts = {"": inputs} if single else inputs
+    parts = {"": inputs} if isinstance(inputs, Tensor) else inputs
     held = ", ".join(f"{name!r}: {_kind(part)}" for name, part in parts.items())
     held = _kind(inputs) if single else f"{{{held}}}"
     weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -220,6 +257,12 @@ def check(model: Any, objective: Any) -> None:
 
     Raises:
         TypeError: one of them is not, or is a class that was not called.
+
+    Example:
+        >>> tk.objectives.check(nn.Linear, tk.classification())
+        Traceback (most recent call last):
+            ...
+        TypeError: the model is the class Linear, but an nn.Module is expected: ...
     """
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
@@ -261,7 +304,7 @@ def _labels(batch: Batch) -> Tensor:
     return batch.labels
 
 
-class _Supervised:
+class _Supervised(ABC):
     """What objectives that score the outputs of one forward pass have in common."""
 
     additive: ClassVar[bool] = True
@@ -273,6 +316,10 @@ class _Supervised:
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """What the model says about the batch: see `forward`."""
         return forward(model, batch.inputs)
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, batch: Batch) -> Loss:
+        """Sums and counts of what the outputs cost."""
 
 
 @dataclass(frozen=True)
@@ -296,6 +343,12 @@ class Classification(_Supervised):
     Raises:
         ValueError: `label_smoothing` is outside [0, 1); a class weight is negative or not finite,
             or all are 0.
+
+    Example:
+        >>> batch = tk.data.Batch(torch.randn(3, 4), torch.tensor([0, 1, 0]), torch.arange(3))
+        >>> loss = tk.classification(label_smoothing=0.1)(nn.Linear(4, 2), batch)
+        >>> loss.counts, loss.mean().shape
+        ((3,), torch.Size([]))
     """
 
     label_smoothing: float = 0.0
@@ -427,6 +480,12 @@ class TokenClassification(Classification):
 
     so every labelled token weighs the same, however the texts are cut into batches. Arguments and
     errors are those of `Classification`.
+
+    Example:
+        >>> tags = torch.tensor([[0, 1, -100], [1, -100, -100]])
+        >>> batch = tk.data.Batch(torch.randn(2, 3, 8), tags, torch.arange(2))
+        >>> tk.token_classification()(nn.Linear(8, 2), batch).counts
+        (tensor(3),)
     """
 
     def counts(self, batch: Batch) -> tuple[Number, ...]:
@@ -485,6 +544,11 @@ class Spans(_Supervised):
     start and of the end (Devlin et al. 2019, Section 4.2), each divided by how many items have such
     a label; -100 says that there is none, as where the answer was cut off. Where the inputs hold an
     attention mask, padding is no place, so that no item depends on the length of its batch.
+
+    Example:
+        >>> scores = torch.tensor([[[0.0, 3.0], [4.0, 0.0], [0.0, 2.0]]])  # of three tokens
+        >>> tk.spans().decode(scores)
+        tensor([[1, 2]])
     """
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -514,7 +578,8 @@ class Spans(_Supervised):
                 f"{tuple(labels.shape)}, but (n, L, 2) and (n, 2) are expected: the head gives "
                 "every token two scores, and an item's label is the places of first and last token"
             )
-        counts, terms = self.counts(batch), {}
+        counts = self.counts(batch)
+        terms: dict[str, tuple[Number, Tensor, Number]] = {}
         for at, name in enumerate(("start", "end")):
             what = (scores[..., at], labels[:, at])
             total = F.cross_entropy(*what, ignore_index=IGNORED, reduction="sum")
@@ -575,6 +640,11 @@ class Regression(_Supervised):
 
     The total is the sum over all values, the count how many there are: one big batch gives
     `torch.nn.functional.mse_loss`. Its unit is that of the label, squared.
+
+    Example:
+        >>> batch = tk.data.Batch(torch.ones(2, 1), torch.tensor([1.0, 3.0]), torch.arange(2))
+        >>> tk.regression()(nn.Identity(), batch).mean()
+        tensor(2.)
     """
 
     def counts(self, batch: Batch) -> tuple[Number, ...]:

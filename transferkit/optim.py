@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from transferkit.devices import Scaler
 from transferkit.layers import Group
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -22,7 +24,7 @@ OPTIMIZERS = ("adamw", "sgd")
 def parameter_groups(
     found: Sequence[Group], *, lr: float, weight_decay: float = 0.0, layer_decay: float = 1.0,
     rates: Mapping[str, float] | None = None,
-) -> list[dict]:  # fmt: skip
+) -> list[dict[str, Any]]:  # fmt: skip
     """Divide the trainable parameters of layer groups by learning rate and weight decay.
 
     The last layer group that has parameters gets the rate `lr`, the one before `lr * layer_decay`,
@@ -33,9 +35,19 @@ def parameter_groups(
         What a torch optimizer takes: for each combination that occurs a dictionary of `params`,
         their `names`, `lr`, the same as `peak`, and `weight_decay`. Every trainable parameter is
         in exactly one.
+
+    Example:
+        >>> groups = tk.layers.groups(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)))
+        >>> parts = tk.optim.parameter_groups(groups, lr=0.1, weight_decay=0.01, layer_decay=0.5)
+        >>> for part in parts:
+        ...     print(part["names"], part["lr"], part["weight_decay"])
+        ['1.weight'] 0.1 0.01
+        ['1.bias'] 0.1 0.0
+        ['0.weight'] 0.05 0.01
+        ['0.bias'] 0.05 0.0
     """
     holders = [group for group in found if group.parameters]
-    parts: dict[tuple[float, float], dict] = {}
+    parts: dict[tuple[float, float], dict[str, Any]] = {}
     for depth, group in enumerate(reversed(holders)):
         for name, parameter in group.parameters.items():
             if not parameter.requires_grad:
@@ -59,6 +71,10 @@ def factor(schedule: str, update: int, updates: int, warmup: float) -> float:
     Args:
         update: number of the update, from 0.
         updates: how many the phase has.
+
+    Example:
+        >>> [round(tk.optim.factor("linear", at, 10, warmup=0.2), 3) for at in (0, 1, 2, 6, 9)]
+        [0.333, 0.667, 1.0, 0.5, 0.125]
     """
     rising = math.ceil(warmup * updates)
     if update < rising:
@@ -83,6 +99,11 @@ def build(
 
     Raises:
         ValueError: nothing in the layer groups is trained.
+
+    Example:
+        >>> optimizer = tk.optim.build(tk.layers.groups(nn.Linear(4, 2)), lr=0.1, optimizer="sgd")
+        >>> type(optimizer).__name__, optimizer.param_groups[0]["names"]
+        ('SGD', ['weight', 'bias'])
     """
     decays = {"weight_decay": weight_decay, "layer_decay": layer_decay}
     parts = parameter_groups(found, lr=lr, rates=rates, **decays)
@@ -92,7 +113,13 @@ def build(
 
 
 def named(optimizer: torch.optim.Optimizer) -> dict[str, torch.nn.Parameter]:
-    """The parameters that an optimizer of `build` moves, by name."""
+    """The parameters that an optimizer of `build` moves, by name.
+
+    Example:
+        >>> optimizer = tk.optim.build(tk.layers.groups(nn.Linear(4, 2)), lr=0.1)
+        >>> {name: tuple(part.shape) for name, part in tk.optim.named(optimizer).items()}
+        {'weight': (2, 4), 'bias': (2,)}
+    """
     parts = [zip(g["names"], g["params"], strict=True) for g in optimizer.param_groups]
     return {name: parameter for part in parts for name, parameter in part}
 
@@ -101,65 +128,15 @@ def set_rates(optimizer: torch.optim.Optimizer, scale: float | Tensor) -> None:
     """Give every parameter group its peak rate times `scale`.
 
     A Python number, or a tensor of one element on the device, as fp16 has it: nothing waits.
+
+    Example:
+        >>> optimizer = tk.optim.build(tk.layers.groups(nn.Linear(4, 2)), lr=0.1)
+        >>> tk.optim.set_rates(optimizer, 0.5)
+        >>> optimizer.param_groups[0]["lr"]
+        0.05
     """
     for part in optimizer.param_groups:
         part["lr"] = part["peak"] * scale
-
-
-class Scaler:
-    """Loss scaling for fp16 (Micikevicius et al. 2018), of which the host reads nothing in a step.
-
-    The loss is multiplied by a factor, so that small gradients do not vanish in half precision, and
-    the gradient is divided by it once. If the gradient is not finite, the update is skipped: the
-    parameters, the moments and the schedule stay, and the factor halves. It doubles after 2,000
-    updates in a row that were made. These are the numbers of `torch.amp.GradScaler`, which does not
-    tell whether an update was skipped unless the host waits for it.
-
-    Attributes:
-        scale: the factor, a tensor `()`.
-        found: 1 if the last update was skipped, else 0, a new tensor `()` at each update.
-        skipped: how many updates of the phase were skipped, int64 `(1,)`.
-    """
-
-    def __init__(self, device: torch.device, scale: float = 2.0**16, clean: int = 0):
-        self.device = device
-        self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
-        self._clean = torch.tensor(clean, dtype=torch.int32, device=device)  # updates in a row
-
-    def begin(
-        self, optimizer: torch.optim.Optimizer, factors: Sequence[float], skipped: int
-    ) -> None:
-        """Start, or go on with, a phase whose schedule has these factors, one an update."""
-        self._factors = torch.tensor(factors, dtype=torch.float32, device=self.device)
-        self.skipped = torch.tensor([skipped], device=self.device)
-        for part in optimizer.param_groups:
-            if part.get("momentum"):
-                # torch takes empty memory for these in the first update, and skipping that one
-                # would leave it unset
-                for parameter in part["params"]:
-                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-    def factor(self, update: int) -> Tensor:
-        """What the rates are multiplied by: the schedule at the number of updates really made."""
-        return self._factors.index_select(0, update - self.skipped)
-
-    def unscale(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Divide the gradients by the factor, in place; their norm, `()`, which decides `found`."""
-        torch._foreach_mul_(gradients, self.scale.reciprocal())
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
-        self.found = torch.isfinite(norm).logical_not().float()
-        return norm
-
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Update the parameters, unless the gradient is not finite, and the factor."""
-        optimizer.found_inf = self.found  # the fused kernels look at it on the device
-        optimizer.step()
-        torch._amp_update_scale_(self.scale, self._clean, self.found, 2.0, 0.5, 2000)
-        self.skipped += self.found.long()
-
-    def state(self) -> dict[str, float]:
-        """The arguments that make it again; this waits for the device."""
-        return {"scale": self.scale.item(), "clean": self._clean.item()}
 
 
 class Average:
@@ -175,6 +152,15 @@ class Average:
 
     Attributes:
         tensors: the averages, by name.
+
+    Example:
+        >>> weight = torch.zeros(1)
+        >>> average = tk.optim.Average(0.5, {"weight": weight})
+        >>> for made in (1, 2):  # two updates, after which the weight is 1 and 2
+        ...     weight = weight.fill_(made)
+        ...     average.update(made)
+        >>> average.tensors["weight"]  # (0.5 * 1 + 1 * 2) / (0.5 + 1)
+        tensor([1.6667])
     """
 
     def __init__(self, decay: float, parameters: Mapping[str, Tensor]):
@@ -188,6 +174,7 @@ class Average:
         Args:
             made: updates of the phase with this one, skipped ones too.
         """
+        share: float | Tensor
         if scaler is None:
             share = (1 - self.decay) / -math.expm1(made * math.log(self.decay))
         else:

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transferkit import checkpoint, layers
+from transferkit.checks import require
 from transferkit.layers import Staged
-from transferkit.plan import require
 
 Targets = str | Sequence[str]
 ADAPTER = "adapter.safetensors"
@@ -78,6 +78,14 @@ def lora(
     Raises:
         TypeError: the model is not `Staged`.
         ValueError: it is adapted already, a setting is out of range, or no layer is a target.
+
+    Example:
+        >>> model = tk.Staged([("body", nn.Linear(4, 8)), ("head", nn.Linear(8, 2))])
+        >>> tk.summary(tk.lora(model, r=2, targets="all"))
+        group  parameters  trainable  mode
+        body           64         24  train
+        head           18         18  train
+        total          82         42
     """
     from peft import LoraConfig
 
@@ -111,6 +119,12 @@ def adalora(
             was; in between their number falls along a cubic curve.
 
     Returns, raises: as `lora`.
+
+    Example:
+        >>> model = tk.Staged([("body", nn.Linear(4, 8)), ("head", nn.Linear(8, 2))])
+        >>> model = tk.adalora(model, r=1, start=2, targets="all")
+        >>> model.adaptation.method, model.adaptation.settings["start"]
+        ('adalora', 2)
     """
     from peft import AdaLoraConfig
 
@@ -149,6 +163,12 @@ def ia3(model: Staged, targets: Targets = "paper") -> Staged:
             "attention"; "all", every linear layer and convolution; or name patterns.
 
     Returns, raises: as `lora`.
+
+    Example:
+        >>> model = tk.Staged([("body", nn.Linear(4, 8)), ("head", nn.Linear(8, 2))])
+        >>> model = tk.ia3(model, targets="all")
+        >>> {name: part.numel() for name, part in model.body.named_parameters()}
+        {'scale': 8, 'base_layer.weight': 32, 'base_layer.bias': 8}
     """
     settings = {"targets": targets}
     found = _candidates(model, (nn.Linear, nn.Conv2d))
@@ -176,6 +196,12 @@ def adapters(
         seed: of the start of `down`.
 
     Returns, raises: as `lora`.
+
+    Example:
+        >>> model = tk.Staged([("body", nn.Linear(4, 8)), ("head", nn.Linear(8, 2))])
+        >>> model = tk.adapters(model, bottleneck=2, targets="all")
+        >>> sum(part.numel() for part in model.body.parameters() if part.requires_grad)
+        42
     """
     settings = {"bottleneck": bottleneck, "targets": targets, "seed": seed}
     require(SimpleNamespace(**settings), bottleneck=(bottleneck >= 1, "at least 1, such as 64"))
@@ -205,6 +231,14 @@ def prefix(
         seed: of their start, normal with deviation 0.02.
 
     Returns, raises: as `lora`.
+
+    Example:
+        >>> config = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1,
+        ...           "intermediate_size": 16, "vocab_size": 50, "max_position_embeddings": 16}
+        >>> stages = tk.models.text_stages(tk.models.bert(config, None), None, "tiny")
+        >>> model = tk.prefix(tk.Staged([*stages, ("head", nn.Linear(8, 2))]), length=5)
+        >>> [tuple(part.shape) for name, part in model.named_parameters() if name.endswith("keys")]
+        [(2, 5, 4)]
     """
     settings = {"length": length, "targets": targets, "seed": seed}
     require(SimpleNamespace(**settings), length=(length >= 1, "at least 1, such as 10"))
@@ -226,6 +260,12 @@ def merge(model: Staged) -> Staged:
 
     Raises:
         ValueError: the model is not adapted, or by a method that no weights are equivalent to.
+
+    Example:
+        >>> model = tk.Staged([("body", nn.Linear(4, 8)), ("head", nn.Linear(8, 2))])
+        >>> model = tk.merge(tk.lora(model, targets="all"))
+        >>> type(model.body).__name__, all(part.requires_grad for part in model.parameters())
+        ('Linear', True)
     """
     adaptation = _adaptation(model)
     if adaptation.method not in ("lora", "adalora", "ia3"):

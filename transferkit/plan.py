@@ -11,13 +11,13 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import nn
 
 from transferkit import optim
+from transferkit.checks import real, require, whole
 from transferkit.layers import groups, matching
 from transferkit.optim import OPTIMIZERS, SCHEDULES
 
@@ -49,6 +49,11 @@ class Phase:
 
     Raises:
         ValueError: a value is outside its range.
+
+    Example:
+        >>> phase = tk.Phase("biases", epochs=2, lr=1e-3, train=("head", "*.bias"))
+        >>> phase.schedule, phase.warmup, phase.weight_decay
+        ('cosine', 0.06, 0.01)
     """
 
     name: str
@@ -89,16 +94,6 @@ class Phase:
         )
 
 
-def real(value: object) -> bool:
-    """Whether it is one real number, of Python or NumPy, and no truth value."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def whole(value: object, least: int = 1) -> bool:
-    """Whether it is a whole number of at least `least`, of an integer type."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
-
-
 def _pairs(rates: Any) -> tuple[tuple[str, float], ...]:
     try:
         found = rates.items() if isinstance(rates, Mapping) else rates
@@ -108,24 +103,28 @@ def _pairs(rates: Any) -> tuple[tuple[str, float], ...]:
         raise ValueError(f"rates is {rates!r}: {remedy}") from None
 
 
-def require(values: object, **rules: tuple[bool, str]) -> None:
-    """Raise a ValueError for the first attribute that is not good: rules are (good, expected)."""
-    for name, (good, expected) in rules.items():
-        if not good:
-            raise ValueError(f"{name} is {getattr(values, name)!r}: give {expected}")
-
-
-def linear_probe(epochs: int, lr: float = 1e-3, cache: bool = True, **settings) -> Phase:
+def linear_probe(epochs: int, lr: float = 1e-3, cache: bool = True, **settings: Any) -> Phase:
     """Train the head alone on the features of the frozen backbone, computed once if `cache`.
 
     Further settings are those of `Phase`; there is no weight decay unless one is given.
+
+    Example:
+        >>> phase = tk.linear_probe(5)
+        >>> phase.name, phase.last, phase.cache, phase.weight_decay
+        ('linear_probe', 1, True, 0.0)
     """
     settings = {"name": "linear_probe", "last": 1, "weight_decay": 0.0, **settings}
     return Phase(epochs=epochs, lr=lr, cache=cache, **settings)
 
 
-def finetune(epochs: int, lr: float = 2e-5, last: int | None = None, **settings) -> Phase:
-    """Train the whole model, or its last few layer groups; further settings as in `Phase`."""
+def finetune(epochs: int, lr: float = 2e-5, last: int | None = None, **settings: Any) -> Phase:
+    """Train the whole model, or its last few layer groups; further settings as in `Phase`.
+
+    Example:
+        >>> phase = tk.finetune(3, lr=5e-5, layer_decay=0.9)
+        >>> phase.name, phase.epochs, phase.last
+        ('finetune', 3, None)
+    """
     return Phase(**{"name": "finetune", "epochs": epochs, "lr": lr, "last": last, **settings})
 
 
@@ -146,6 +145,10 @@ def gradual_unfreezing(
 
     Raises:
         ValueError: `groups` is below 1, or there is not one number of epochs for every phase.
+
+    Example:
+        >>> [(phase.name, phase.last) for phase in tk.gradual_unfreezing(3)]
+        [('unfreeze 1', 1), ('unfreeze 2', 2), ('unfreeze 3', 3)]
     """
     each = list(epochs) if isinstance(epochs, Sequence) else [epochs] * groups
     if groups < 1 or len(each) != groups:
@@ -169,6 +172,10 @@ def probe_then_finetune(
     Args:
         probe, probe_lr, cache: epochs and rate of `linear_probe`, and whether it keeps features.
         epochs, lr, settings: of `finetune`.
+
+    Example:
+        >>> [(phase.name, phase.epochs) for phase in tk.probe_then_finetune(5, 2)]
+        [('linear_probe', 5), ('finetune', 2)]
     """
     return [linear_probe(probe, probe_lr, cache), finetune(epochs, lr, **settings)]
 
@@ -181,6 +188,11 @@ def check(plan: Phase | Iterable[Any], model: nn.Module | None = None) -> list[P
 
     Raises:
         ValueError: it is empty, something in it is no phase, or one does not fit the model.
+
+    Example:
+        >>> phases = tk.plan.check([tk.linear_probe(1), tk.gradual_unfreezing(2)])
+        >>> [phase.name for phase in phases]
+        ['linear_probe', 'unfreeze 1', 'unfreeze 2']
     """
     phases = list(_flat(plan))
     if not phases or not all(isinstance(phase, Phase) for phase in phases):
@@ -210,6 +222,13 @@ def begin(phase: Phase, model: nn.Module, allowed: set[str]) -> torch.optim.Opti
 
     Raises:
         ValueError: as `trained` and `rates`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> allowed = {name for name, _ in model.named_parameters()}
+        >>> optimizer = tk.plan.begin(tk.linear_probe(1), model, allowed)
+        >>> list(tk.optim.named(optimizer)), model[0].weight.requires_grad
+        (['2.weight', '2.bias'], False)
     """
     names = trained(phase, model, allowed)
     for name, parameter in model.named_parameters():
@@ -230,6 +249,12 @@ def trained(phase: Phase, model: nn.Module, allowed: set[str]) -> set[str]:
     Raises:
         ValueError: the phase asks for more layer groups than there are, a pattern matches nothing
             that can be trained, or nothing at all is left to train.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> allowed = {name for name, _ in model.named_parameters()}
+        >>> sorted(tk.plan.trained(tk.finetune(1, train="*.bias"), model, allowed))
+        ['0.bias', '2.bias']
     """
     holders = [group for group in groups(model) if group.parameters]
     last = len(holders) if phase.last is None else phase.last
@@ -240,7 +265,7 @@ def trained(phase: Phase, model: nn.Module, allowed: set[str]) -> set[str]:
         )
     names = {name for group in holders[-last:] for name in group.parameters} & allowed
     if phase.train is not None:
-        names = set().union(*(_hits(phase, model, one, names) for one in phase.train))
+        names = {name for one in phase.train for name in _hits(phase, model, one, names)}
     if not names:
         raise ValueError(
             f"phase {phase.name!r} trains no parameter, but at least one is expected: all it would "
@@ -257,6 +282,13 @@ def rates(phase: Phase, model: nn.Module, names: set[str]) -> dict[str, float]:
 
     Raises:
         ValueError: a pattern matches nothing that is trained, or nothing that those before it left.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> allowed = {name for name, _ in model.named_parameters()}
+        >>> phase = tk.finetune(1, lr=2e-5, rates={"2": 1e-3})
+        >>> sorted(tk.plan.rates(phase, model, allowed).items())
+        [('2.bias', 0.001), ('2.weight', 0.001)]
     """
     found: dict[str, float] = {}
     for pattern, rate in phase.rates:
@@ -287,6 +319,13 @@ class Stopping:
     The weights kept are those of the best epoch of the run so far, so a phase that only does harm
     is undone. Patience looks at the current phase alone: a newly unfrozen model may first get
     worse. NaN is never better than anything.
+
+    Example:
+        >>> stopping = tk.plan.Stopping(higher=True, patience=2)
+        >>> [stopping.observe(value) for value in (0.7, 0.8, 0.75, 0.79)]
+        [True, True, False, False]
+        >>> stopping.exhausted
+        True
     """
 
     higher: bool

@@ -31,7 +31,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transferkit import cache, data, devices, distributed, engine, layers, show
-from transferkit.plan import Phase, finetune, require
+from transferkit.checks import require
+from transferkit.plan import Phase, finetune
 
 _READS = {"_local_scalar_dense", "item", "nonzero", "equal", "masked_select", "_unique2"}
 _INDEXES = {"index", "index_put", "index_put_"}  # by a mask they must know how many it lets through
@@ -229,6 +230,12 @@ def check(
     Raises:
         ValueError, TypeError: what `fit` would raise before or in its first step, in any phase.
         FloatingPointError: the loss of a first batch is NaN or infinite.
+
+    Example:
+        >>> data = torch.randn(8, 4), torch.arange(8) % 2
+        >>> report = tk.check(nn.Linear(4, 2), tk.classification(), data)
+        >>> report.unreached, report.host_reads
+        ({}, {})
     """
     plan = finetune(1) if plan is None else plan
     with _rehearsed(model, objective, train, validation, plan, settings) as training:
@@ -399,6 +406,12 @@ def lr_find(
     Raises:
         ValueError: the rates or their number are out of range, or what `fit` would raise.
         FloatingPointError: the loss of the first batch is NaN or infinite.
+
+    Example:
+        >>> data = torch.randn(8, 4), torch.arange(8) % 2
+        >>> test = tk.lr_find(nn.Linear(4, 2), tk.classification(), data, updates=20)
+        >>> len(test.losses) == len(test.rates) <= 20
+        True
     """
     whole = SimpleNamespace(low=low, high=high, updates=updates)
     require(

@@ -50,6 +50,14 @@ class Masked:
 
     Raises:
         ValueError: the rate is outside (0, 1), or the tokenizer lacks what is not given.
+
+    Example:
+        >>> texts = tk.data.tensors(torch.arange(40).reshape(4, 10))
+        >>> source = tk.masked(texts, rate=0.5, mask=1, special=[0, 1], vocabulary=40)
+        >>> batch = source.fetch(range(4), 0, 0)
+        >>> hidden = batch.labels != -100
+        >>> torch.equal(batch.labels[hidden], texts.inputs[hidden])
+        True
     """
 
     labels = views = None
@@ -77,7 +85,7 @@ class Masked:
     def __len__(self) -> int:
         return len(self.source)
 
-    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+    def fetch(self, indices: Sequence[int] | np.ndarray, epoch: int | None, seed: int) -> Batch:
         batch = self.source.fetch(indices, epoch, seed)
         single = isinstance(batch.inputs, Tensor)
         ids = batch.inputs if single else batch.inputs["input_ids"]
@@ -124,6 +132,12 @@ class MaskedLM(TokenClassification):
     `(n, L)`, the hidden token or -100 (Devlin et al. 2019, Section 3.1). The loss is the
     mean over the hidden tokens of all texts; its exponential is the perplexity of a hidden token.
     Arguments are those of `TokenClassification`.
+
+    Example:
+        >>> texts = tk.data.tensors(torch.arange(24).reshape(4, 6) % 9)
+        >>> source = tk.masked(texts, rate=0.5, mask=1, special=[0, 1], vocabulary=9)
+        >>> list(tk.evaluate(nn.Embedding(9, 9), tk.masked_lm(), source, tk.accuracy))
+        ['loss', 'accuracy']
     """
 
     acts_below_head: ClassVar[bool] = True  # what is hidden differs in every epoch
@@ -157,6 +171,11 @@ class TwoViews:
 
     Raises:
         ValueError: the sources differ in length.
+
+    Example:
+        >>> source = tk.two_views(tk.data.tensors(torch.randn(6, 4)))
+        >>> source.fetch([0, 5], 0, 0).inputs.shape
+        torch.Size([2, 2, 4])
     """
 
     views = None
@@ -174,7 +193,7 @@ class TwoViews:
     def __len__(self) -> int:
         return len(self.source)
 
-    def fetch(self, indices: Sequence[int], epoch: int | None, seed: int) -> Batch:
+    def fetch(self, indices: Sequence[int] | np.ndarray, epoch: int | None, seed: int) -> Batch:
         if self.other is None:
             looks = [(self.source, 2 * (epoch or 0) + view) for view in range(2)]
         else:
@@ -232,6 +251,12 @@ class Contrastive:
 
     Raises:
         ValueError: the temperature is not above 0.
+
+    Example:
+        >>> pairs = tk.two_views(tk.data.tensors(torch.eye(4)))
+        >>> found = tk.evaluate(nn.Identity(), tk.contrastive(temperature=1.0), pairs)
+        >>> round(found["loss"], 3)  # log(1 + 6 / e)
+        1.165
     """
 
     temperature: float = 0.1
@@ -290,6 +315,10 @@ class Reconstruction(_Supervised):
 
     $\sum (f(x) - x)^2$ over all values, divided by their number; labels are not looked at. For
     inputs that are one tensor `(n, ...)` (Hinton and Salakhutdinov 2006).
+
+    Example:
+        >>> tk.evaluate(nn.Identity(), tk.reconstruction(), torch.randn(5, 4))
+        {'loss': 0.0}
     """
 
     acts_below_head: ClassVar[bool] = True  # it compares with the raw inputs, not with features

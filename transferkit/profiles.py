@@ -93,6 +93,14 @@ def profile(name: str, seed: int = 0, precision: str = "fp32") -> Profile:
 
     Raises:
         ValueError: there is no such profile or precision, or the seed is out of range.
+
+    Example:
+        >>> profile = tk.profile("cpu", seed=1)
+        profile   cpu
+        seed      1
+        ...
+        >>> profile.pick(smoke=1, cpu=5, full=20)
+        5
     """
     global _current
     name, origin = _chosen(name)

@@ -73,6 +73,13 @@ class Mixup(_Around):
         ValueError: alpha is not above 0.
         TypeError: the objective is another; when called, the items have no labels, or inputs that
             are not one tensor of floating-point numbers.
+
+    Example:
+        >>> data = torch.randn(8, 4), torch.arange(8) % 2
+        >>> objective = tk.mixup(tk.classification(), alpha=0.2)
+        >>> run = tk.fit(nn.Linear(4, 2), objective, data, plan=tk.finetune(1))
+        >>> len(run.history)
+        1
     """
 
     objective: Any
@@ -157,6 +164,13 @@ class Distillation(_Around):
     Raises:
         ValueError: a value is outside its range; when called, the objective calls the model more
             than once, or the outputs of model and teacher differ in shape.
+
+    Example:
+        >>> batch = tk.data.Batch(torch.randn(3, 4), torch.tensor([0, 1, 0]), torch.arange(3))
+        >>> objective = tk.distillation(tk.classification(), teacher=nn.Linear(4, 2))
+        >>> loss = objective(nn.Linear(4, 2), batch)
+        >>> loss.names, loss.weights, loss.counts
+        (('loss', 'teacher'), (0.5, 0.5), (3, 3))
     """
 
     objective: Any
@@ -279,6 +293,12 @@ def l2_sp(objective: Any, model: nn.Module, alpha: float = 0.1, beta: float = 0.
 
     Raises:
         ValueError: alpha or beta is negative or not finite, or nothing comes before the head.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> objective = tk.l2_sp(tk.classification(), model, alpha=0.1)
+        >>> objective.penalty(model).item()  # nothing has moved yet
+        0.0
     """
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not 0.0 <= value < float("inf"):
@@ -328,6 +348,13 @@ class Adversarial(_Around):
     Raises:
         ValueError: a value is outside its range; when called, there is no module to move, or it
             gives something else than a tensor.
+
+    Example:
+        >>> batch = tk.data.Batch(torch.randn(3, 4), torch.tensor([0, 1, 0]), torch.arange(3))
+        >>> objective = tk.adversarial(tk.classification(), epsilon=0.1)
+        >>> move = objective.perturbation(nn.Linear(4, 2), batch)
+        >>> torch.allclose(move.norm(dim=1), torch.tensor(0.1))
+        True
     """
 
     objective: Any

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-class Table(list):
+class Table(list[dict[str, Any]]):
     """Rows (dictionaries with mostly the same keys) that print as a table."""
 
     def __repr__(self) -> str:
@@ -54,7 +54,8 @@ class Bar:
             kernel = shell is not None and "ZMQ" in type(shell.get_ipython()).__name__
             wanted = os.environ.get("TRANSFERKIT_PROGRESS") != "0"
             show = wanted and (kernel or sys.stderr.isatty())
-        self.show, self.bar = show, None
+        self.show = show
+        self.bar: Any = None
 
     def begin(self, name: str, updates: int, done: int) -> None:
         """Start the bar of a phase."""

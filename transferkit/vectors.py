@@ -60,6 +60,14 @@ def task_vector(finetuned: nn.Module, base: nn.Module) -> TaskVector:
 
     Raises:
         ValueError: names or shapes differ, or a model holds adapters that were not merged.
+
+    Example:
+        >>> base, tuned = (
+        ...     nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in range(2)
+        ... )
+        >>> vector = tk.task_vector(tuned, base)
+        >>> torch.allclose(vector.apply(base)[0].weight, tuned[0].weight, atol=1e-6)
+        True
     """
     ours, theirs = _backbone(finetuned), _backbone(base)
     checkpoint.check(ours, theirs, "the base")
@@ -77,6 +85,12 @@ def interpolate(a: nn.Module, b: nn.Module, weight: float) -> nn.Module:
     Raises:
         ValueError: `weight` is outside [0, 1], names, shapes or labels differ, or a model holds
             adapters that were not merged.
+
+    Example:
+        >>> a, b = nn.Linear(4, 2), nn.Linear(4, 2)
+        >>> middle = tk.interpolate(a, b, 0.5)
+        >>> torch.allclose(middle.weight, (a.weight + b.weight) / 2)
+        True
     """
     if not 0.0 <= weight <= 1.0:
         raise ValueError(f"weight is {weight!r}: give a share of b in [0, 1]")

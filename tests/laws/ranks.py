@@ -19,6 +19,7 @@ import pytest
 import torch
 from small_models import noisy_flip, some_images, some_texts, state_of, tiny_convnet, tiny_encoder
 from test_accumulation import OBJECTIVES, Contrastive
+from test_counters import HOST_READS, Counter
 from torch import nn
 
 import transferkit as tk
@@ -125,6 +126,7 @@ def laws(folder: Path) -> None:
         model, run = pictures(parallel)
         run.save(folder / f"model-{parallel}")
         keep(folder, f"pictures-{parallel}", model, run, best=run.best["epoch"])
+        keep(folder, f"reads-{parallel}", {}, reads=reads(parallel))
     model, found = tiny_encoder(), {}
     for count, size in ((1, 1), (2, 5), (3, 1), (9, 2), (10, 4)):
         made = tk.predict(model, some_texts(count), size, precision="fp32")
@@ -142,6 +144,23 @@ def laws(folder: Path) -> None:
         made = distributed.collect(list(distributed.share(parts)), 5)
         assert all(map(torch.equal, made, parts))
     refusals(folder)
+
+
+def reads(parallel: str) -> dict[str, int]:
+    """How often the steps of a run made the host wait for the device, by operator."""
+    step, counter = Training.step, Counter()
+
+    def counted(self, micro):
+        with counter:
+            step(self, micro)
+
+    Training.step = counted
+    try:
+        pictures(parallel)
+    finally:
+        Training.step = step
+    assert sum(counter.seen.values()) > 100
+    return {name: counter.seen[name] for name in HOST_READS}
 
 
 def refusals(folder: Path) -> None:

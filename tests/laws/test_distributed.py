@@ -1,4 +1,4 @@
-"""Laws 1, 3, 4, 5 and 7 on several ranks: the same script, the same training, nothing hangs."""
+"""Laws 1, 3, 4, 5, 7 and 10 on several ranks: the same script, the same training, nothing hangs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 import ranks
 import torch
 from small_models import same, some_images, some_texts, state_of, tiny_convnet, tiny_encoder
+from test_counters import NONE
 
 import transferkit as tk
 from transferkit import checkpoint, distributed
@@ -133,6 +134,12 @@ def test_every_item_is_predicted_once_in_order_on_any_number_of_ranks(two_ranks)
         scores = [tk.accuracy, tk.macro_f1]
         expected = tk.evaluate(model, tk.classification(), some_texts(9), scores, 2)
         assert about["scores"] == expected
+
+
+@pytest.mark.parametrize("parallel", ranks.PARALLEL)
+def test_a_step_of_two_ranks_reads_nothing_back_to_the_host(parallel, two_ranks):
+    for rank in (0, 1):
+        assert _read(two_ranks, f"reads-{parallel}", rank)[1]["reads"] == NONE
 
 
 def test_what_is_refused_or_warned_of_is_said_with_its_remedy(two_ranks):

@@ -9,7 +9,7 @@ from test_precision import Overflows
 from test_resume import PowerCut, _agrees, _stopped_after
 
 import transferkit as tk
-from transferkit import engine
+from transferkit import engine, evaluation
 
 PLAN = [tk.linear_probe(2, lr=0.1, cache=False), tk.finetune(3, lr=0.02, schedule="constant")]
 EACH = 4  # updates an epoch
@@ -145,6 +145,6 @@ def test_ctrl_c_in_an_evaluation_keeps_the_weights_that_train(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "_scores", interrupted)
+        patch.setattr(evaluation, "_at_once", interrupted)
         assert fit(tmp_path)[1].interrupted
     _agrees(fit(tmp_path), fit())

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import transferkit as tk
-from transferkit import data, optim
+from transferkit import data, devices, optim
 from transferkit.engine import Training
 
 CPU = torch.device("cpu")
@@ -144,7 +144,7 @@ def _whole_order():
 
 
 def test_the_factor_grows_as_that_of_torch_after_2000_updates_in_a_row():
-    scaler, parameter = optim.Scaler(CPU, 4.0, clean=1998), nn.Parameter(torch.ones(3))
+    scaler, parameter = devices.Scaler(CPU, 4.0, clean=1998), nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
     scaler.begin(optimizer, [1.0], 0)
     found = []

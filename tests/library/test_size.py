@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 import tokenize
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ import transferkit
 
 PACKAGE = Path(transferkit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-CORE = ("engine", "data", "layers", "optim", "plan", "cache", "checkpoint", "distributed")
-UNDER_THE_CORE = ("objectives", "devices", "show")  # what the core itself stands on
+CORE = (
+    "engine", "evaluation", "data", "layers", "optim", "plan", "cache", "checkpoint", "distributed",
+)  # fmt: skip
+UNDER_THE_CORE = ("checks", "objectives", "devices", "show")  # what the core itself stands on
 NO_CODE = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -64,7 +67,7 @@ def f(a,
 def test_the_core_can_be_read_in_an_evening():
     sizes = {path.stem: lines_of_code(path.read_text("utf-8")) for path in FILES}
     core = {name: sizes[name] for name in CORE if name in sizes}
-    assert len(core) >= 7
+    assert len(core) == len(CORE)
     assert sum(core.values()) <= 2200, core
 
 
@@ -103,6 +106,13 @@ def test_the_core_imports_none_of_the_higher_modules():
     paths = [path for path in FILES if path.stem in allowed and path.parent == PACKAGE]
     assert {path.stem: _imports(path) - allowed for path in paths if _imports(path) - allowed} == {}
     assert "data" in _imports(PACKAGE / "engine.py")  # the test can see an import
+
+
+def test_the_types_of_the_core_and_of_what_it_stands_on_are_checked_strictly():
+    told = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text("utf-8"))["tool"]["mypy"]
+    assert told["strict"]
+    assert {Path(name).stem for name in told["files"]} >= {*CORE, *UNDER_THE_CORE}
+    assert all((PACKAGE.parent / name).is_file() for name in told["files"])
 
 
 def test_no_modules_of_the_core_import_each_other_in_a_circle():
