@@ -222,9 +222,12 @@ def local(tensor: Tensor) -> Tensor:
 
 def divided_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor, known to every rank, on the device of a parameter and divided like it."""
+    if tensor.shape != parameter.shape:
+        return tensor.to(parameter.device)
+    if not hasattr(parameter, "placements"):
+        # in its layout, too: the fused kernels go through both as they lie in memory
+        return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
     tensor = tensor.to(parameter.device)
-    if not hasattr(parameter, "placements") or tensor.shape != parameter.shape:
-        return tensor
     from torch.distributed.tensor import distribute_tensor
 
     how = (parameter.device_mesh, parameter.placements)
