@@ -103,7 +103,9 @@ def _occasion(run: Mapping[str, Any]) -> str:
     ]
     if run["tiny"]:
         pieces.append("**the tiny setting: these numbers mean nothing**")
-    return "; ".join(pieces + [f"**{run['warning']}**"] * bool(run.get("warning")))
+    if run.get("warning"):
+        pieces.append(f"**{run['warning']}**")
+    return "; ".join(pieces)
 
 
 def _place(run: Mapping[str, Any]) -> str:

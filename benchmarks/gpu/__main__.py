@@ -3,7 +3,7 @@
 Without names all parts run, each in a program of its own and for a limited time, so that the whole
 takes less than ten minutes. Every row is kept as soon as it is measured, in `gpu.json` and, to be
 read, `gpu.txt`; a part takes the place of its older self. `--tiny` proves in a minute, on any
-machine, that everything runs, and writes to `_build/gpu`.
+machine, that everything runs, and writes to `_build/gpu`; without a card it leaves out the laws.
 
 Status: 0 if all is well; 1 if a law does not hold, or a part failed or was stopped; 3 if there is
 no card; 130 after Ctrl-C.
@@ -57,12 +57,12 @@ PARTS = {
     "waits": Part("steps:waits", "WAITS", "What the host waits for in a steady step", 45),
     "precision": Part("steps:precision", "PRECISION",
                       "Gradients against those in float64 on the processor", 30),
-    "images": Part("speed:images", "IMAGES", "Training an image network, 128 images of 224 pixels "
-                   "a batch, random weights", 60),
-    "tokens": Part("speed:tokens", "TOKENS", "Training MiniLM's shape, 128 texts of 128 tokens a "
-                   "batch, random weights", 45),
+    "images": Part("speed:images", "IMAGES", "Training an image network, images of 224 pixels, "
+                   "random weights", 60),
+    "tokens": Part("speed:tokens", "TOKENS", "Training MiniLM's shape, texts of 128 tokens, random "
+                   "weights", 45),
     "memory": Part("steps:memory", "MEMORY", "Memory in training MiniLM's shape, 128 texts of 128 "
-                   "tokens a batch", 40),
+                   "tokens a batch", 50),
     "peers": Part("speed:peers", "BESIDE", "MiniLM's shape on texts of 8 to 128 tokens, 64 a "
                   "batch, beside other libraries", 60, beside=True),
     "compile": Part("steps:compiled", "COMPILED", "torch.compile, two phases on texts of two "
@@ -90,7 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
     if given.rows is not None:
         measure(given.parts[0], device, given.tiny, given.rows)
         return 0
-    return _all(given.parts or list(PARTS), device, given.tiny, given.output)
+    # without a card the laws are skipped, so they are left out, unless they are asked for
+    names = given.parts or [name for name in PARTS if device == "cuda" or name != "laws"]
+    return _all(names, device, given.tiny, given.output)
 
 
 def _device(tiny: bool) -> str | None:
@@ -100,16 +102,22 @@ def _device(tiny: bool) -> str | None:
 
 
 def measure(name: str, device: str, tiny: bool, rows: Path) -> None:
-    """One part, here: each of its rows is added to a file as a line of JSON."""
+    """One part, here: what it runs on, and each of its rows, go into a file as lines of JSON."""
     import torch
 
+    from benchmarks import common
+    from benchmarks.gpu import card, speed
+
     module, _, function = PARTS[name].where.partition(":")
+    turns = speed.TURNS if PARTS[name].beside and not tiny else 1
+    about = common.about(turns, tiny, time.time(), device) | card.about(torch.device(device))
     with rows.open("a", encoding="utf-8") as file:
 
         def note(row: dict[str, Any]) -> None:
             file.write(json.dumps(row, ensure_ascii=False, default=float) + "\n")
             file.flush()
 
+        note({"about": about})
         found = importlib.import_module(f"benchmarks.gpu.{module}")
         getattr(found, function)(torch.device(device), tiny, note)
 
@@ -127,8 +135,10 @@ def _all(names: Sequence[str], device: str, tiny: bool, output: Path | None) -> 
     status = 0
     for name in names:
         began = time.time()
-        end, rows = run(_program(name, tiny), PARTS[name].limit)
-        parts[name] = _recorded(name, device, tiny, began, end, rows)
+        end, about, rows = run(_program(name, tiny), PARTS[name].limit)
+        about = common.about(1, tiny, began) | about  # it may have ended before it could say
+        about["seconds"] = time.time() - began
+        parts[name] = _recorded(name, about, end, rows)
         parts = {part: parts[part] for part in PARTS if part in parts}
         report.save(folder, parts)
         common.say(f"{name}: {end or 'done'} after {time.time() - began:.0f} s")
@@ -149,7 +159,7 @@ def _program(name: str, tiny: bool) -> list[str]:
     return [python, "-m", "benchmarks.gpu", name, *["--tiny"] * tiny]
 
 
-def run(program: Sequence[str], limit: float) -> tuple[str, list[dict[str, Any]]]:
+def run(program: Sequence[str], limit: float) -> tuple[str, dict, list[dict[str, Any]]]:
     """Run a part's program until it ends, the limit is reached or Ctrl-C comes.
 
     Args:
@@ -157,8 +167,8 @@ def run(program: Sequence[str], limit: float) -> tuple[str, list[dict[str, Any]]
         limit: seconds.
 
     Returns:
-        How it ended, "" if well, and its rows; of rows that have one name and one precision, such
-        as a count that goes on, the last.
+        How it ended, "" if well, what it said of the machine, and its rows; of rows that have one
+        name and one precision, such as a count that goes on, the last.
     """
     from benchmarks import common
 
@@ -166,7 +176,7 @@ def run(program: Sequence[str], limit: float) -> tuple[str, list[dict[str, Any]]
         rows = Path(folder) / "rows"
         rows.touch()
         process = subprocess.Popen(
-            [*program, "--rows", str(rows)], cwd=common.ROOT, stdout=sys.stderr,
+            [*program, "--rows", str(rows)], cwd=common.ROOT, stdout=sys.stderr, env=_one_card(),
             start_new_session=True,
         )  # fmt: skip
         try:
@@ -180,7 +190,15 @@ def run(program: Sequence[str], limit: float) -> tuple[str, list[dict[str, Any]]
             _end(process)
         lines = rows.read_text("utf-8").splitlines(keepends=True)
     found = [json.loads(line) for line in lines if line.endswith("\n")]  # a last one may be cut
-    return end, list({(row["system"], row.get("precision")): row for row in found}.values())
+    about = found.pop(0)["about"] if found and "about" in found[0] else {}
+    last = {(row["system"], row.get("precision")): row for row in found}
+    return end, about, list(last.values())
+
+
+def _one_card() -> dict[str, str]:
+    # of several the first: some libraries would take all
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    return os.environ | {"CUDA_VISIBLE_DEVICES": visible.partition(",")[0]}
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -190,20 +208,15 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _recorded(name: str, device: str, tiny: bool, began: float, end: str, rows: list) -> dict:
-    import torch
-
+def _recorded(name: str, about: dict[str, Any], end: str, rows: list[dict[str, Any]]) -> dict:
     from benchmarks import common, systems
-    from benchmarks.gpu import card, speed
 
-    part, there = PARTS[name], torch.device(device)
+    part = PARTS[name]
     module = importlib.import_module(f"benchmarks.gpu.{part.where.partition(':')[0]}")
-    turns = speed.TURNS if part.beside and not tiny else 1
-    about = common.about(turns, tiny, began, device) | card.about(there) | {"warning": ""}
     known = systems.known()
-    named = [known[row["system"]] for row in rows if row["system"] in known]
+    notes = common.notes([known[row["system"]] for row in rows if row["system"] in known])
     table = common.table(part.title, getattr(module, part.columns), rows)
-    return {"about": about, "tables": {name: table}, "notes": common.notes(named), "end": end}
+    return {"about": about, "tables": {name: table}, "notes": notes, "end": end}
 
 
 if __name__ == "__main__":

@@ -46,6 +46,12 @@ def name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
+def large(device: torch.device) -> bool:
+    """Whether the card has memory for large batches; with small ones a fast card waits."""
+    found = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory
+    return found > 32 * 2**30
+
+
 def peak(card: str, precision: str) -> tuple[float, str] | None:
     """The card's dense peak in operations a second, and where the number is from.
 

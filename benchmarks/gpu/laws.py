@@ -26,11 +26,11 @@ COLUMNS = (
 class Tally:
     """A plugin of pytest that notes, after each test, how those of its file ended so far.
 
-    On a card a file of which nothing passed, for all was skipped, is not well.
+    A file of which nothing passed, for all was skipped, is not well.
     """
 
-    def __init__(self, note: Note, device: torch.device):
-        self.note, self.least, self.counts = note, int(device.type == "cuda"), {}
+    def __init__(self, note: Note):
+        self.note, self.counts = note, {}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """A test was set up, called or cleared away."""
@@ -60,7 +60,7 @@ class Tally:
 
     def _tell(self, file: str) -> None:
         row = self.counts[file]
-        good = not row["failed"] and row["passed"] >= self.least
+        good = not row["failed"] and row["passed"] > 0
         row = {"system": os.path.basename(file), **row, "which": row["which"] or "", "good": good}
         self.note(row)
 
@@ -76,7 +76,7 @@ def laws(device: torch.device, tiny: bool, note: Note) -> None:
     where = os.path.join(FOLDER, "test_frozen.py") if tiny else FOLDER
     several = find_spec("xdist") is not None and not tiny
     many = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"] if several else []
-    tally = Tally(note, device)
+    tally = Tally(note)
     how = ["-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--tb=short"]
     how += [*many, where]
     status = pytest.main(["--rootdir", str(common.ROOT), *how], plugins=[tally])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -33,21 +33,21 @@ class Resident:
         inputs: one batch, a tensor or a dictionary of such.
         target: int64 `(batch,)`, its labels.
         batches: how many there are in an epoch.
+        labels: those of the whole epoch, on the host.
     """
 
     inputs: Tensor | dict[str, Tensor]
     target: Tensor
     batches: int
+    labels: Tensor = field(init=False)
     collate = lengths = None
     views = 1
 
-    def __len__(self) -> int:
-        return self.batches * len(self.target)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", self.target.cpu().repeat(self.batches))
 
-    @property
-    def labels(self) -> Tensor:
-        """Those of the whole epoch, on the host."""
-        return self.target.cpu().repeat(self.batches)
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def source(self) -> tk.data.Source:
         return self
@@ -82,6 +82,7 @@ def columns(unit: str) -> tuple[tuple[str, str, str], ...]:
     return (
         ("system", "system", ""),
         ("precision", "precision", ""),
+        ("batch", "items a batch", ",.0f"),
         ("rate", f"{unit} a second", ",.0f"),
         ("milliseconds", "ms an update", ",.2f"),
         ("teraflops", "model TFLOP/s", ",.1f"),
@@ -96,7 +97,7 @@ IMAGES, TOKENS = columns("images"), columns("tokens")
 def images(device: torch.device, tiny: bool, note: Note) -> None:
     """Training an image network, all layers, on a batch that lies on the card."""
     build = convolutions if tiny else image_model()[1]
-    size, side = (4, 16) if tiny else (128, 224)
+    size, side = (4, 16) if tiny else (256 if card.large(device) else 64, 224)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(size, 3, side, side, generator=generator)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -105,7 +106,7 @@ def images(device: torch.device, tiny: bool, note: Note) -> None:
 
 def tokens(device: torch.device, tiny: bool, note: Note) -> None:
     """Training MiniLM's shape, all layers, on a batch of full texts that lies on the card."""
-    size, length = (4, 16) if tiny else (128, 128)
+    size, length = (4, 16) if tiny else (512 if card.large(device) else 128, 128)
     texts = random_texts(size, length, length)
     inputs, _ = texts.collate([*texts.dataset()])
     _speeds(device, tiny, note, minilm(tiny), inputs, length)
@@ -127,7 +128,8 @@ def _speeds(
             if system is LOOP and precision == "fp16":
                 continue  # it has no scaler of the loss
             run = partial(_speed, system, task.but(precision=precision), operations, units)
-            note({"system": system.name, "precision": precision} | safely(run))
+            row = {"system": system.name, "precision": precision, "batch": size}
+            note(row | safely(run))
 
 
 def safely(run: Callable[[], common.Row]) -> common.Row:
@@ -166,29 +168,35 @@ def peers(device: torch.device, tiny: bool, note: Note) -> None:
     count, size = (24, 4) if tiny else (6400, 64)
     texts = random_texts(count, 8, 16 if tiny else 128)
     task = Task(texts, minilm(tiny), epochs=1, lr=1e-4, batch_size=size, device=str(device))
-    systems = chosen(PEERS)
-    ready = {system.name: system for system in systems if not system.missing()}
-    start_up: dict[str, list[float]] = {name: [] for name in ready}
+    systems = {system.name: system for system in chosen(PEERS)}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
 
-    def clock(system: System, name: str) -> Callable[[int], float]:
-        own = task.but(precision=common.precision(system, device))
-        common.warm_up(system, own)
+    def tell(name: str) -> None:
+        least, start_up = (min(part) for part in zip(*found[name], strict=True))
+        row = {"system": name, "rate": texts.lengths.sum() / (least * task.updates)}
+        row |= {"milliseconds": 1e3 * least, "start_up": start_up}
+        note(row | {"precision": common.precision(systems[name], device)})
+
+    def clock(name: str) -> Callable[[int], float]:
+        own = task.but(precision=common.precision(systems[name], device))
+        common.warm_up(systems[name], own)
 
         def run(turn: int) -> float:
-            moments, whole = common.moments(system, own.but(seed=turn))
+            moments, whole = common.moments(systems[name], own.but(seed=turn))
             seconds = (moments[-1] - moments[SKIPPED - 1]) / (len(moments) - SKIPPED)
-            start_up[name].append(max(0.0, whole - seconds * len(moments)))
+            found[name].append((seconds, max(0.0, whole - seconds * len(moments))))
+            tell(name)
             return seconds
 
         return run
 
-    candidates = {name: clock(system, name) for name, system in ready.items()}
-    seconds = common.turns("beside others", candidates, 1 if tiny else TURNS)
-    for system in systems:
-        if system.name not in ready:
+    candidates = {}
+    for name, system in systems.items():
+        if system.missing():
             note(common.absent(system))
             continue
-        least = min(seconds[system.name])
-        row = {"system": system.name, "rate": texts.lengths.sum() / (least * task.updates)}
-        row |= {"milliseconds": 1e3 * least, "precision": common.precision(system, device)}
-        note(row | {"start_up": min(start_up[system.name])})
+        try:
+            candidates[name] = clock(name)
+        except Exception as error:  # of one library, which must not cost the others their rows
+            note({"system": name, "error": f"{type(error).__name__}: {error}".splitlines()[0]})
+    common.turns("beside others", candidates, 1 if tiny else TURNS)
