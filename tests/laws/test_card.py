@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,6 +129,17 @@ def test_that_device_refuses_both(objective, said, monkeypatch):
 
 def test_the_processor_draws_from_one_generator():
     assert devices.generators(torch.device("cpu")) == [torch.default_generator]
+
+
+def test_of_several_cards_the_generator_is_that_of_the_one_computed_on(monkeypatch):
+    own = [torch.Generator() for _ in range(3)]
+    module = SimpleNamespace(init=lambda: None, current_device=lambda: 1, default_generators=own)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    with torch.random.fork_rng(devices=[]):
+        for name, at in (("cuda:2", 2), ("cuda:0", 0), ("cuda", 1)):
+            devices.seed_dropout(torch.device(name), 40 + at)
+            assert devices.generators(torch.device(name)) == [torch.default_generator, own[at]]
+            assert own[at].initial_seed() == torch.default_generator.initial_seed() == 40 + at
 
 
 def test_what_lies_on_a_device_is_not_pinned():
