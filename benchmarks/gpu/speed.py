@@ -16,8 +16,8 @@ from benchmarks.gpu import card
 from benchmarks.gpu.steps import Note, convolutions, image_model, minilm
 from benchmarks.systems import System, bare, chosen
 from benchmarks.tasks import Task, random_texts
+from benchmarks.tax import SKIPPED
 
-SKIPPED = 4  # updates until everything is warm
 TURNS = 3  # of each system beside the others
 PEERS = ("bare loop, DataLoader", "bare loop, length buckets", "transferkit", "HF Trainer",
          "HF Trainer, tuned")  # fmt: skip
@@ -145,11 +145,16 @@ def _speed(system: System, task: Task, operations: float, units: int) -> common.
     common.warm_up(system, task)
     with card.Memory(device) as used:
         moments, _ = common.moments(system, task)
-    seconds = (moments[-1] - moments[SKIPPED - 1]) / (len(moments) - SKIPPED)
+    seconds = _steady(moments)
     rate = units * task.batch_size / seconds
     row = {"rate": rate, "milliseconds": 1e3 * seconds, "teraflops": operations * rate / 1e12}
     row["mfu"] = card.utilisation(operations, rate, card.name(device), task.precision)
     return row | {"memory": used.most and used.most / 2**30}
+
+
+def _steady(moments: Sequence[float]) -> float:
+    # the seconds of an update when everything is warm
+    return (moments[-1] - moments[SKIPPED - 1]) / (len(moments) - SKIPPED)
 
 
 # ---- beside others -------------------------------------------------------------------------------
@@ -183,7 +188,7 @@ def peers(device: torch.device, tiny: bool, note: Note) -> None:
 
         def run(turn: int) -> float:
             moments, whole = common.moments(systems[name], own.but(seed=turn))
-            seconds = (moments[-1] - moments[SKIPPED - 1]) / (len(moments) - SKIPPED)
+            seconds = _steady(moments)
             found[name].append((seconds, max(0.0, whole - seconds * len(moments))))
             tell(name)
             return seconds
