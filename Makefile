@@ -8,7 +8,7 @@ QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false TRANSFERKIT_PROGRESS=0
 PYTEST := $(QUIET) $(RUN) -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lab serve full bench peers diagrams lint lock clean
+.PHONY: help setup book test lab serve full bench gpu peers diagrams lint lock clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,12 @@ bench: setup  ## measure training beside other libraries: an hour, on an idle ma
 	@python=.venv-peers/bin/python; test -x $$python || python=$(RUN); \
 		TRANSFERKIT_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=. \
 		$$python -m benchmarks $(PARTS)
+
+# Not after the set-up: a machine with a card may have a torch of its own and no network.
+gpu:  ## check and measure on a CUDA card in ten minutes; "Error 3" without one
+	@python=$(RUN); test -x $$python || python=$(PYTHON); \
+		$(QUIET) TRANSFERKIT_OFFLINE=1 $$python -m benchmarks.gpu $(PARTS) \
+		$(if $(OUTPUT),--output $(OUTPUT))
 
 peers:  ## ask other libraries the same laws, in .venv-peers, and record the answers
 	@$(PYTHON) -m benchmarks.peers.environment

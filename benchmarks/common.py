@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import transferkit as tk
 from benchmarks.systems import System
@@ -32,6 +33,7 @@ from transferkit import figures
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("torch", "numpy", "scikit-learn", "transformers", "accelerate", "lightning", "fastai",
             "skorch", "timm")  # fmt: skip
+CPU = torch.device("cpu")
 Row = dict[str, Any]
 
 
@@ -68,7 +70,50 @@ def timed(system: System, task: Task) -> tuple[float, nn.Module]:
         torch.manual_seed(task.seed)
         start = time.perf_counter()
         system.train(model, task)
+        if task.device != "cpu":
+            torch.cuda.synchronize()
         return time.perf_counter() - start, model
+
+
+def moments(system: System, task: Task) -> tuple[list[float], float]:
+    """When each update of a run ended, in seconds after the first, and the seconds of the whole.
+
+    A hook behind the optimizer's step notes them, so that what a system does once (loaders,
+    trainers, a feature cache) can be told apart from what it does in every step.
+    """
+    clock = Clock(task.device)
+    hook = register_optimizer_step_post_hook(lambda *_: clock.mark())
+    try:
+        whole, _ = timed(system, task)
+    finally:
+        hook.remove()
+    return clock.moments(), whole
+
+
+class Clock:
+    """Moments in the time of a device.
+
+    On a CUDA card they are events, which the card notes when it has done what was asked of it
+    before; the host does not wait for them. Elsewhere they are the host's time.
+    """
+
+    def __init__(self, device: str | torch.device):
+        self.cuda = torch.device(device).type == "cuda"
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Note this moment."""
+        mark = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
+        if self.cuda:
+            mark.record()
+        self._marks.append(mark)
+
+    def moments(self) -> list[float]:
+        """The seconds of each mark after the first one; waits for the device."""
+        if not self.cuda:
+            return [mark - self._marks[0] for mark in self._marks]
+        torch.cuda.synchronize()
+        return [self._marks[0].elapsed_time(mark) / 1e3 for mark in self._marks]
 
 
 def warm_up(system: System, task: Task) -> None:
@@ -110,10 +155,13 @@ def accuracy(model: nn.Module, data: Rows | Texts) -> float:
     ]
 
 
-def precision(system: System) -> str:
-    """What a system computes in here: bf16 where it is tuned and the processor good at it."""
-    good = tk.devices.resolve_precision("auto", torch.device("cpu"))
-    return good if system.tuned else "fp32"
+def precision(system: System, device: torch.device = CPU) -> str:
+    """What a system computes in here: bf16 where it is tuned and the device good at it.
+
+    Never fp16, for the loops written by hand do not scale the loss.
+    """
+    good = tk.devices.resolve_precision("auto", device)
+    return good if system.tuned and good != "fp16" else "fp32"
 
 
 def absent(system: System) -> Row:
@@ -140,7 +188,7 @@ def notes(systems: Sequence[System]) -> dict[str, Sequence[str]]:
     return {system.name: system.notes for system in systems if system.notes}
 
 
-def about(repeats: int, tiny: bool, started: float) -> Row:
+def about(repeats: int, tiny: bool, started: float, device: str = "cpu") -> Row:
     """The machine, the versions, the circumstances of a measurement that began at `started`."""
     versions = {"python": platform.python_version()}
     for name in VERSIONS:
@@ -152,13 +200,13 @@ def about(repeats: int, tiny: bool, started: float) -> Row:
         "seconds": time.time() - started,
         "repeats": repeats,
         "tiny": tiny,
-        "device": "cpu",
+        "device": device,
         "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(pages / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
-        "precision": tk.devices.resolve_precision("auto", torch.device("cpu")),
+        "precision": tk.devices.resolve_precision("auto", torch.device(device)),
         "compiler": compiler(),
         "versions": versions,
         "commit": commit(ROOT),

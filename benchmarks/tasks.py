@@ -99,6 +99,7 @@ class Task:
             where the task is on texts or trains the head alone.
         head_only: all but the head is frozen.
         precision: "fp32" or "bf16".
+        device: "cpu" or "cuda", where it is trained.
     """
 
     data: Rows | Texts
@@ -110,6 +111,7 @@ class Task:
     head_only: bool = False
     precision: str = "fp32"
     seed: int = 0
+    device: str = "cpu"
 
     @property
     def updates(self) -> int:
@@ -121,8 +123,8 @@ class Task:
         return replace(self, **changes)
 
     def build(self) -> nn.Module:
-        """A fresh copy of the initial model, in train mode, frozen as the task says."""
-        model = copy.deepcopy(self.model).train()
+        """A fresh copy of the initial model, on its device, in train mode, frozen as is said."""
+        model = copy.deepcopy(self.model).train().to(self.device)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not self.head_only or name.startswith("head."))
         return model
@@ -157,14 +159,16 @@ def film_reviews(model: tk.Staged, train: int, validation: int) -> tuple[Texts, 
     return found[0], found[1]
 
 
-def small_bert(layers: int = 2, hidden: int = 128, dropout: float = 0.1) -> tk.Staged:
-    """A BERT encoder with random weights over 1,000 tokens, a mean pool and a head of two."""
+def small_bert(
+    layers: int = 2, hidden: int = 128, dropout: float = 0.1, heads: int = 2, vocabulary: int = 1000
+) -> tk.Staged:
+    """A BERT encoder with random weights, a mean pool and a head of two."""
     torch.manual_seed(0)
     config = {
-        "vocab_size": 1000,
+        "vocab_size": vocabulary,
         "hidden_size": hidden,
         "num_hidden_layers": layers,
-        "num_attention_heads": 2,
+        "num_attention_heads": heads,
         "intermediate_size": 4 * hidden,
         "max_position_embeddings": 128,
         "hidden_dropout_prob": dropout,

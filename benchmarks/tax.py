@@ -1,8 +1,4 @@
-"""What each system adds to a step: the same updates of a linear model, where nothing else costs.
-
-A hook behind the optimizer's step notes the time, so that what a system does once (loaders,
-trainers, a feature cache) is told apart from what it does in every step.
-"""
+"""What each system adds to a step: the same updates of a linear model, where nothing else costs."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import transferkit as tk
 from benchmarks import common, counters
@@ -87,12 +82,7 @@ def steps(what: str, entries: Mapping[str, tuple[System, Task]], repeats: int) -
 def _clock(system: System, task: Task, start_up: list[float]) -> Callable[[int], float]:
     # From the end of one update to the end of the last; the rest of the run is the start-up.
     def run(turn: int) -> float:
-        marks: list[float] = []
-        hook = register_optimizer_step_post_hook(lambda *_: marks.append(time.perf_counter()))
-        try:
-            whole, _ = common.timed(system, task.but(seed=turn))
-        finally:
-            hook.remove()
+        marks, whole = common.moments(system, task.but(seed=turn))
         seconds = marks[-1] - marks[SKIPPED - 1]
         start_up.append(max(0.0, whole - seconds * len(marks) / (len(marks) - SKIPPED)))
         return seconds

@@ -51,16 +51,17 @@ def _tables(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Return a table under its title; what is not installed says so in its row."""
+    """Return a table under its title; what is not installed, or failed, says so in its row."""
     columns = found["columns"]
     headings = [heading for _, heading, _ in columns]
     lines = [f"**{found['title']}**", "", _line(headings)]
     lines.append(_line(["--:" if form else "---" for _, _, form in columns]))
     for row in found["rows"]:
-        if row.get("missing"):
+        why = f"not installed: {', '.join(row['missing'])}" if row.get("missing") else ""
+        why = why or row.get("error", "")
+        if why:
             cells = [str(row.get(key, "")) for key, _, form in columns if not form][:1]
-            cells.append(f"not installed: {', '.join(row['missing'])}")
-            cells += [""] * (len(columns) - len(cells))
+            cells += [why, *[""] * (len(columns) - 2)]
         else:
             cells = [_cell(row.get(key), form) for key, _, form in columns]
         lines.append(_line(cells))
@@ -99,8 +100,9 @@ def _occasion(run: Mapping[str, Any]) -> str:
         f"least of {run['repeats']}",
         "one thread" if run["threads"] == 1 else f"{run['threads']} threads",
         f"commit {run['commit'] or 'unknown'}",
-        f"load {run['load']:g} before the run",
     ]
+    if "load" in run:
+        pieces.append(f"load {run['load']:g} before the run")
     if run["tiny"]:
         pieces.append("**the tiny setting: these numbers mean nothing**")
     return "; ".join(pieces)
@@ -108,10 +110,16 @@ def _occasion(run: Mapping[str, Any]) -> str:
 
 def _place(run: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
+    card = ""
+    if run.get("card"):
+        card = (
+            f"{run['card']}, {run['card_memory_gib']:g} GiB, capability {run['capability']}, CUDA "
+            f"{run['cuda']}, dense peak {run['peak']}; "
+        )
     return (
-        f"{run['cpu']}, {run['cores']} cores, {run['memory_gib']:g} GiB, {run['system']}; the "
-        f"faster precision here is {run['precision']}; C++ compiler: {run['compiler'] or 'none'}; "
-        f"{versions}"
+        f"{card}{run['cpu']}, {run['cores']} cores, {run['memory_gib']:g} GiB, {run['system']}; "
+        f"the faster precision here is {run['precision']}; C++ compiler: "
+        f"{run['compiler'] or 'none'}; {versions}"
     )
 
 

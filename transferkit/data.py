@@ -70,8 +70,11 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The batch in pinned memory, from where a copy to the device waits for nothing."""
-        return self._map(Tensor.pin_memory)
+        """The batch in pinned memory, from where a copy to the device waits for nothing.
+
+        What lies on a device already stays there.
+        """
+        return self._map(lambda part: part.pin_memory() if part.device.type == "cpu" else part)
 
 
 class Source(Protocol):

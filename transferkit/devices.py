@@ -175,9 +175,23 @@ def many_versions() -> AbstractContextManager[Any]:
     return cast(AbstractContextManager[Any], torch._dynamo.config.patch(limits))
 
 
+def generators(device: torch.device) -> list[torch.Generator]:
+    """What computing on this device draws from: the host's default generator, then its own.
+
+    Its own is that of this very device: with several cards the current one may be another.
+    """
+    if device.type == "cpu":
+        return [torch.default_generator]
+    if device.type == "mps":
+        return [torch.default_generator, torch.mps._get_default_mps_generator()]
+    module = torch.get_device_module(device)
+    module.init()  # before it there are none; later it does nothing
+    at = module.current_device() if device.index is None else device.index
+    return [torch.default_generator, module.default_generators[at]]
+
+
 def seed_dropout(device: torch.device, seed: int) -> None:
     """Set the generators that dropout on this device draws from."""
     # Only the generators in use: `torch.manual_seed` visits every kind of device, 70 times slower.
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
+    for generator in generators(device):
+        generator.manual_seed(seed)

@@ -314,14 +314,16 @@ def divided_like(tensor: Tensor, parameter: Tensor) -> Tensor:
         >>> tk.distributed.divided_like(torch.ones(2), torch.zeros(2))
         tensor([1., 1.])
     """
-    tensor = tensor.to(parameter.device)
-    mesh = getattr(parameter, "device_mesh", None)
-    if mesh is None or tensor.shape != parameter.shape:
-        return tensor
+    if tensor.shape != parameter.shape:
+        return tensor.to(parameter.device)
+    if not hasattr(parameter, "placements"):
+        # in its layout, too: the fused kernels go through both as they lie in memory
+        return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    assert isinstance(parameter, DTensor)  # nothing else has a mesh
-    return distribute_tensor(tensor, mesh, parameter.placements, src_data_rank=None)
+    assert isinstance(parameter, DTensor)  # nothing else has placements
+    where = (parameter.device_mesh, parameter.placements)
+    return distribute_tensor(tensor.to(parameter.device), *where, src_data_rank=None)
 
 
 class _Carrier(nn.Module):

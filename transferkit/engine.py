@@ -432,7 +432,7 @@ class Training:
         for batch in drawn.batches:
             inputs = batch.inputs
             for tensor in inputs.values() if isinstance(inputs, dict) else [inputs]:
-                fine = torch.isfinite(tensor.reshape(len(batch), -1)).all(dim=1)
+                fine = torch.isfinite(tensor.reshape(len(batch), -1)).all(dim=1).cpu()
                 bad += batch.index[~fine].tolist()
         where = f"update {update + 1} (phase {drawn.phase!r}, epoch {drawn.epoch})"
         remedy = f"the inputs are finite, so lower lr (now {self.phase.lr:g}) or set clip=1.0"
@@ -728,7 +728,8 @@ def fit(
             the run so far, so that the next phase starts from these and one that only does harm is
             undone; "last" leaves those of the last epoch.
         directory, save_every: where to keep the state, and to go on from if it is there; how many
-            seconds pass between two states within an epoch.
+            seconds pass between two states within an epoch. On a GPU the run that goes on is the
+            same bit for bit with `torch.use_deterministic_algorithms(True)`.
         workers: processes that fetch batches; they change nothing but speed.
         compile: True, or a backend of `torch.compile`, compiles the model once a phase and for each
             length of batches, of which there are then eight at most. Evaluation is not compiled.
@@ -847,7 +848,8 @@ def _width(model: nn.Module, objective: Any, train: data.Source, settings: Simpl
 
 
 def _conduct(training: Training) -> Run:
-    directory, random = training.settings.directory, torch.get_rng_state()
+    directory = training.settings.directory
+    random = [(own, own.get_state()) for own in devices.generators(training.settings.device)]
     try:
         limits = devices.many_versions() if training.settings.compile else nullcontext()
         with _interruptible(training), limits:
@@ -870,5 +872,6 @@ def _conduct(training: Training) -> Run:
             parameter.requires_grad_(name in training.allowed)
             parameter.grad = None
         training.model.eval()
-        torch.set_rng_state(random)
+        for generator, before in random:
+            generator.set_state(before)
     return Run(training)

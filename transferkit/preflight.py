@@ -61,9 +61,8 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
         moves = tensor.requires_grad or not isinstance(tensor, nn.Parameter)
         values = tensor.detach().clone() if moves else None
         kept.append((tensor, tensor.data, values, tensor.requires_grad, tensor.grad))
-    numpy, python, host = np.random.get_state(), random.getstate(), torch.get_rng_state()
-    accelerator = None if device.type == "cpu" else torch.get_device_module(device)
-    drawn = accelerator and accelerator.get_rng_state()
+    numpy, python = np.random.get_state(), random.getstate()
+    drawn = [(own, own.get_state()) for own in devices.generators(device)]
     try:
         yield
     finally:
@@ -80,9 +79,8 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
             tensor.grad = gradient
         np.random.set_state(numpy)
         random.setstate(python)
-        torch.set_rng_state(host)
-        if accelerator:
-            accelerator.set_rng_state(drawn)
+        for generator, before in drawn:
+            generator.set_state(before)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transferkit.checkpoint import tensors_of, weights_hash
+from transferkit.devices import generators
 from transferkit.layers import Staged, groups
 from transferkit.objectives import (
     Loss,
@@ -500,12 +501,11 @@ def _unit(tensor: Tensor) -> Tensor:
 
 def _rewinder(device: torch.device) -> Callable[[], None]:
     # A function that sets the random generators in use back to where they are now.
-    kinds = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
-    states = [kind.get_rng_state() for kind in kinds]
+    states = [(generator, generator.get_state()) for generator in generators(device)]
 
     def again() -> None:
-        for kind, state in zip(kinds, states, strict=True):
-            kind.set_rng_state(state)
+        for generator, state in states:
+            generator.set_state(state)
 
     return again
 

@@ -20,12 +20,14 @@ def loop(model: nn.Module, task: Task, batches: Callable[[int], Iterable[Batch]]
     """The recipe: forward, loss, backward, clipping, fused AdamW, a rate that falls to 0."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=task.lr, weight_decay=0.0, fused=True)
-    update, half = 0, task.precision == "bf16"
+    update, half, away = 0, task.precision == "bf16", task.device != "cpu"
     for epoch in range(task.epochs):
         for inputs, labels in batches(epoch):
+            if away:
+                inputs, labels = onto(inputs, task.device), onto(labels, task.device)
             optimizer.param_groups[0]["lr"] = task.lr * task.factor(update)
             if half:
-                with torch.autocast("cpu", torch.bfloat16):
+                with torch.autocast(task.device, torch.bfloat16):
                     outputs = model(inputs)
             else:
                 outputs = model(inputs)
@@ -34,6 +36,13 @@ def loop(model: nn.Module, task: Task, batches: Callable[[int], Iterable[Batch]]
             optimizer.step()
             optimizer.zero_grad()
             update += 1
+
+
+def onto(part: Tensor | dict[str, Tensor], device: str) -> Tensor | dict[str, Tensor]:
+    """Inputs or labels on a device, copied without waiting where their memory is pinned."""
+    if isinstance(part, Tensor):
+        return part.to(device, non_blocking=True)
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in part.items()}
 
 
 def sliced(model: nn.Module, task: Task) -> None:
@@ -52,6 +61,7 @@ def _slices(rows: Rows, size: int) -> Callable[[int], Iterator[Batch]]:
 def loaded(model: nn.Module, task: Task) -> None:
     """A `DataLoader` over the items."""
     how = {"batch_size": task.batch_size, "shuffle": True, "collate_fn": task.data.collate}
+    how["pin_memory"] = task.device != "cpu"
     loader = DataLoader(task.data.dataset(), **how)
     loop(model, task, lambda epoch: loader)
 
@@ -63,7 +73,8 @@ def bucketed(model: nn.Module, task: Task) -> None:
     def batches(epoch: int) -> DataLoader:
         order = tk.data.order(len(lengths), task.batch_size, task.seed, epoch, lengths)
         sampler = [batch.tolist() for batch in order]
-        return DataLoader(dataset, batch_sampler=sampler, collate_fn=task.data.collate)
+        how = {"collate_fn": task.data.collate, "pin_memory": task.device != "cpu"}
+        return DataLoader(dataset, batch_sampler=sampler, **how)
 
     loop(model, task, batches)
 
@@ -73,10 +84,11 @@ def features(model: tk.Staged, task: Task) -> Rows:
     data: Texts = task.data
     stop = len(model.stage_names) - 1
     found = torch.empty(0)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, task.precision == "bf16"):
+    half = task.precision == "bf16"
+    with torch.no_grad(), torch.autocast(task.device, torch.bfloat16, half):
         for index in tk.data.in_sequence(len(data.labels), 64, data.lengths):
             inputs, _ = data.collate([(data.tokens[i], data.labels[i]) for i in index])
-            states = model.run(inputs, stop=stop).float()
+            states = model.run(onto(inputs, task.device), stop=stop).float().cpu()
             if not len(found):
                 found = states.new_empty(len(data.labels), states.shape[1])
             found[torch.from_numpy(index)] = states

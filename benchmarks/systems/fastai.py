@@ -28,7 +28,7 @@ def train(model: nn.Module, task: Task) -> None:
     how = {} if task.data.collate is None else {"create_batch": task.data.collate}
     loader = DataLoader(task.data.dataset(), bs=task.batch_size, shuffle=True, **how)
     learner = Learner(
-        DataLoaders(loader, loader, device=torch.device("cpu")),
+        DataLoaders(loader, loader, device=torch.device(task.device)),
         model,
         loss_func=nn.CrossEntropyLoss(),
         opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, weight_decay=0.0, fused=True),

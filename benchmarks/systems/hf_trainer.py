@@ -74,7 +74,7 @@ def _train(model: nn.Module, task: Task, **more: Any) -> None:
             lr_scheduler_type="linear",
             max_grad_norm=task.clip,
             seed=task.seed,
-            use_cpu=True,
+            use_cpu=task.device == "cpu",
             **more,
         )
         trainer = Trainer(

@@ -37,7 +37,7 @@ def train(model: nn.Module, task: Task) -> None:
 
     trainer = L.Trainer(
         max_epochs=task.epochs,
-        accelerator="cpu",
+        accelerator=task.device,
         gradient_clip_val=task.clip,
         logger=False,
         enable_checkpointing=False,

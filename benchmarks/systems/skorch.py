@@ -42,6 +42,7 @@ def train(model: nn.Module, task: Task) -> None:
             LRScheduler(schedule, step_every="batch", lr_lambda=task.factor),
             GradientNormClipping(task.clip),
         ],
+        device=task.device,
         verbose=0,
         **collate,
     )

@@ -28,7 +28,7 @@ def train(model: nn.Module, task: Task) -> None:
         clip=task.clip,
         precision=task.precision,
         seed=task.seed,
-        device="cpu",
+        device=task.device,
         progress=False,
     )
 

@@ -158,8 +158,9 @@ def noisy_flip(images, generator):
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of all parameters and buffers."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    """A copy of all parameters and buffers, on the host."""
+    state = model.state_dict()
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
 
 def same(left: dict, right: dict) -> bool:

@@ -85,9 +85,10 @@ def _trained(objective, count, seed, batch_size, accumulate, clip=None):
         precision="fp32",
         seed=seed,
     )
-    return torch.cat([p.detach().flatten() for p in model.parameters()]), run.history
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).cpu(), run.history
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=["smoothed", "weighted", "two terms"])
 @settings(max_examples=25, deadline=None)
 @given(
@@ -116,6 +117,7 @@ def test_accumulated_and_ragged_batches_train_like_one_big_batch(
     assert history[0]["train_loss"] == pytest.approx(expected[0]["train_loss"], rel=1e-9)
 
 
+@pytest.mark.usefixtures("device")
 def test_a_step_is_the_gradient_that_torch_computes_for_all_items():
     count, seed = 11, 3
     generator = torch.Generator().manual_seed(seed)
@@ -144,6 +146,7 @@ def test_the_history_says_the_mean_of_every_term_over_the_items_of_the_epoch():
     assert history[0]["train_loss"] == pytest.approx(expected.item(), rel=1e-9)
 
 
+@pytest.mark.usefixtures("device")
 def test_the_penalty_counts_once_a_step_whatever_the_accumulation():
     strong = TwoTerms(anchor=10.0)
     parts, _ = _trained(strong, 12, 0, 3, 4)

@@ -33,6 +33,7 @@ def _train(make, last, cached, train, held_out, precision="fp32", epochs=3):
     return model, run
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(("make", "last"), CUTS)
 def test_cached_features_train_the_model_that_live_layers_train(make, last):
     some = some_images if make is tiny_convnet else some_texts
@@ -66,6 +67,7 @@ def test_the_head_gives_the_same_logits_on_cached_features(make, last):
             assert torch.equal(cached.labels, live.labels)
 
 
+@pytest.mark.usefixtures("device")
 def test_with_augmentation_the_view_is_the_epoch_modulo_k_in_both():
     train = some_images(12, noisy_flip, views=2)
     live, slow = _train(tiny_convnet, 1, False, train, None, epochs=5)

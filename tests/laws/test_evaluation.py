@@ -21,15 +21,16 @@ from torch import nn
 import transferkit as tk
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("make", [tiny_convnet, tiny_encoder])
 @settings(max_examples=20, deadline=None)
 @given(count=st.integers(1, 23), size=st.integers(1, 30))
 def test_evaluation_does_not_depend_on_the_batch_size(make, count, size):
     model = make()
     data = some_images(count) if make is tiny_convnet else some_texts(count)
-    metrics = [tk.accuracy, tk.macro_f1]
-    some = tk.evaluate(model, tk.classification(), data, metrics, size, precision="fp32")
-    one = tk.evaluate(model, tk.classification(), data, metrics, 1, precision="fp32")
+    what = (model, tk.classification(), data, [tk.accuracy, tk.macro_f1])
+    where = {"precision": "fp32", "device": "auto"}
+    some, one = tk.evaluate(*what, size, **where), tk.evaluate(*what, 1, **where)
     assert some == pytest.approx(one, abs=1e-6)
 
 
@@ -58,9 +59,12 @@ def test_no_item_is_seen_twice_and_none_is_padded():
     assert seen == [4, 4, 2]
 
 
+@pytest.mark.usefixtures("device")
 def test_scores_agree_with_scikit_learn():
     model, data = tiny_convnet(), some_images(40)
-    scores = tk.evaluate(model, tk.classification(), data, [tk.accuracy, tk.macro_f1])
+    scores = tk.evaluate(
+        model, tk.classification(), data, [tk.accuracy, tk.macro_f1], device="auto"
+    )
     found = tk.predict(model, data)
     powers = np.exp(found.logits.astype(np.float64))
     expected = {

@@ -16,6 +16,7 @@ def _frozen_part(model):
     return {name: tensor for name, tensor in state_of(model).items() if name in names}
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("cache", [True, False], ids=["cached", "live"])
 @pytest.mark.parametrize("make", [tiny_convnet, tiny_encoder])
 def test_a_frozen_backbone_is_bit_identical_after_training(make, cache):
@@ -25,9 +26,10 @@ def test_a_frozen_backbone_is_bit_identical_after_training(make, cache):
     probe = tk.linear_probe(2, lr=0.1, cache=cache, weight_decay=0.5)
     tk.fit(model, tk.classification(), data, plan=[probe], batch_size=4)
     assert same(before, _frozen_part(model))
-    assert not torch.equal(head, model.head.weight)
+    assert not torch.equal(head, state_of(model)["head.weight"])
 
 
+@pytest.mark.usefixtures("device")
 def test_frozen_batchnorm_buffers_do_not_move_when_later_layers_train():
     model = tiny_convnet()
     before = state_of(model)
@@ -39,6 +41,7 @@ def test_frozen_batchnorm_buffers_do_not_move_when_later_layers_train():
     assert not torch.equal(before["blocks.0.1.running_mean"], after["blocks.0.1.running_mean"])
 
 
+@pytest.mark.usefixtures("device")
 def test_what_the_user_froze_stays_frozen_in_every_phase():
     model = tiny_convnet()
     tk.freeze(model, "*.1", "stem.0.bias")  # all BatchNorm layers and one bias

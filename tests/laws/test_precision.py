@@ -52,9 +52,9 @@ def _chosen(seed):
     return int(data.order(COUNT, SIZE, seed, 0)[0][0])  # the very first update is skipped
 
 
-def _by_hand(seed, optimizer, clip):
+def _by_hand(seed, optimizer, clip, device):
     # With torch's own scaler, and a scheduler that is only moved by updates that are made.
-    model, (inputs, labels), objective = _net(seed), _items(seed), Overflows()
+    model, (inputs, labels), objective = _net(seed).to(device), _items(seed), Overflows()
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
@@ -66,13 +66,14 @@ def _by_hand(seed, optimizer, clip):
     rates = torch.optim.lr_scheduler.LambdaLR(
         made_by, lambda made: optim.factor("cosine", made, EPOCHS * EACH, 0.3)
     )
-    scaler, skipped = torch.amp.GradScaler("cpu"), []
+    scaler, skipped = torch.amp.GradScaler(device), []
     for update in range(EPOCHS * EACH):
         epoch, at = divmod(update, EACH)
         parts = data.order(COUNT, SIZE, seed, epoch)[at * ACCUMULATE : (at + 1) * ACCUMULATE]
         for items in parts:
             batch = data.Batch(inputs[items], labels[items], torch.as_tensor(items))
-            with torch.autocast("cpu", torch.float16):
+            batch = batch.to(torch.device(device))
+            with torch.autocast(device, torch.float16):
                 outputs = model(batch.inputs)
             loss = objective.loss(outputs, batch).totals[0] / sum(map(len, parts))
             scaler.scale(loss).backward()
@@ -92,7 +93,7 @@ def _by_hand(seed, optimizer, clip):
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_fp16_trains_like_a_loop_with_the_scaler_of_torch(optimizer, seed, monkeypatch):
+def test_fp16_trains_like_a_loop_with_the_scaler_of_torch(optimizer, seed, device, monkeypatch):
     seen, step = [], Training.step
 
     def watched(self, micro):
@@ -106,7 +107,7 @@ def test_fp16_trains_like_a_loop_with_the_scaler_of_torch(optimizer, seed, monke
         model, Overflows(), _items(seed), plan=[_phase(optimizer)], batch_size=SIZE, clip=0.3,
         accumulate=ACCUMULATE, precision="fp16", seed=seed,
     )  # fmt: skip
-    expected, skipped, scale = _by_hand(seed, optimizer, 0.3)
+    expected, skipped, scale = _by_hand(seed, optimizer, 0.3, device)
     assert seen[0].state.skipped == skipped and skipped[0] == 0
     assert len(skipped) < len(seen) == EPOCHS * EACH
     assert seen[0].scaler.scale.item() == scale
@@ -115,6 +116,7 @@ def test_fp16_trains_like_a_loop_with_the_scaler_of_torch(optimizer, seed, monke
         assert (own - other).abs().max() < 1e-5
 
 
+@pytest.mark.usefixtures("device")
 def test_a_skipped_update_leaves_weights_moments_and_schedule_but_the_data_move_on(monkeypatch):
     states, items, rates = [], [], []
     step = Training.step
@@ -157,6 +159,7 @@ def test_the_factor_grows_as_that_of_torch_after_2000_updates_in_a_row():
     assert scaler.state() == {"scale": 8.0, "clean": 1}
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_resume_in_fp16_equals_no_interruption(optimizer, tmp_path, monkeypatch):
     monkeypatch.setattr(Overflows, "chosen", 5)
@@ -179,6 +182,7 @@ def test_resume_in_fp16_equals_no_interruption(optimizer, tmp_path, monkeypatch)
     assert all(row["skipped"] >= 1 for row in resumed[1].history)
 
 
+@pytest.mark.usefixtures("device")
 def test_a_gradient_that_stays_infinite_ends_the_run_with_a_message(monkeypatch):
     monkeypatch.setattr(Overflows, "chosen", 0)
     data, plan = (torch.randn(1, 4), torch.tensor([1])), [tk.finetune(60)]
@@ -219,6 +223,7 @@ def _long_texts(count):
     return tk.data.texts(rows, torch.arange(count) % 3, Words(), 100)
 
 
+@pytest.mark.usefixtures("device")
 def test_compile_makes_one_version_for_each_length_of_batches_and_phase():
     source = _long_texts(83)
     longest = {source.lengths[batch].max() for batch in data.order(83, 5, 0, 0, source.lengths)}
@@ -234,6 +239,7 @@ def test_compile_makes_one_version_for_each_length_of_batches_and_phase():
     assert run.replay(3).batches[1].inputs["input_ids"].shape == shapes[5][1:]
 
 
+@pytest.mark.usefixtures("device")
 def test_compile_makes_one_version_for_images_and_trains_the_same():
     images = some_images(13)
     model, _, compiled, _ = _compiled(tiny_convnet, images)

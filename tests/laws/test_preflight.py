@@ -65,6 +65,7 @@ class Noisy(tk.classification):
         return outputs * (1 + 0.01 * random.random() + 0.01 * float(np.random.rand()))
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("look", [_check, _find])
 @pytest.mark.parametrize("make", [tiny_convnet, tiny_encoder])
 def test_a_look_leaves_no_trace(look, make):
@@ -108,6 +109,7 @@ def test_a_look_that_fails_leaves_no_trace_either(monkeypatch):
         assert torch.equal(model.head.remembered, torch.zeros(2))
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("make", [tiny_convnet, tiny_encoder])
 def test_a_run_after_a_look_equals_a_run_without(make):
     def fit(looks):

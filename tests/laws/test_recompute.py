@@ -41,6 +41,7 @@ def _sequential():
     return nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 3))
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("make", [tiny_encoder, tiny_convnet, _sequential])
 def test_weights_and_buffers_are_the_same_bit_for_bit_with_dropout(make, precision):
@@ -62,6 +63,7 @@ def test_frozen_groups_batch_norm_and_the_head_are_computed_once():
     assert calls == {name: count + checked for name, count in expected.items()}
 
 
+@pytest.mark.usefixtures("device")
 def test_cached_features_and_accumulation_change_nothing():
     plan = [tk.finetune(2, lr=0.05, last=2, cache=True)]
     plain, _, _ = _trained(tiny_encoder, False, plan=plan, accumulate=2)

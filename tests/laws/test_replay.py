@@ -54,6 +54,7 @@ def _assert_replays(run, seen, updates=None):
             assert torch.equal(own.index, other.index)
 
 
+@pytest.mark.usefixtures("device")
 @settings(max_examples=12, deadline=None)
 @given(
     count=st.integers(3, 30),
@@ -95,6 +96,7 @@ def test_a_run_that_was_interrupted_and_resumed_is_drawn_again(tmp_path):
     _assert_replays(run, seen)
 
 
+@pytest.mark.usefixtures("device")
 def test_rates_are_those_of_the_updates_that_fp16_made(monkeypatch):
     monkeypatch.setattr(Overflows, "chosen", 5)
     run, seen = _observed(tiny_convnet, some_images(16), Overflows(), precision="fp16")

@@ -79,6 +79,12 @@ def _agrees(left, right):
 
 @pytest.fixture(scope="module")
 def uninterrupted():
+    return {make: _fit(make=make, device="cpu") for make in (tiny_convnet, tiny_encoder)}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_there(device):
+    """The same, wherever the laws are asked now."""
     return {make: _fit(make=make) for make in (tiny_convnet, tiny_encoder)}
 
 
@@ -86,7 +92,7 @@ def uninterrupted():
 @settings(max_examples=12, deadline=None)
 @given(first=st.integers(0, UPDATES - 1), second=st.integers(0, UPDATES - 1))
 def test_resume_at_any_step_equals_no_interruption(
-    make, first, second, uninterrupted, tmp_path_factory
+    make, first, second, uninterrupted_there, tmp_path_factory
 ):
     # With dropout, BatchNorm, augmentation, moments, two phases, and two interruptions.
     directory = tmp_path_factory.mktemp("run")
@@ -95,18 +101,34 @@ def test_resume_at_any_step_equals_no_interruption(
             patch.setattr(Training, "step", _stopped_after(updates))
             with contextlib.suppress(PowerCut):
                 _fit(directory, make=make)
-    _agrees(_fit(directory, make=make), uninterrupted[make])
+    _agrees(_fit(directory, make=make), uninterrupted_there[make])
 
 
-def test_resume_with_another_number_of_workers_changes_nothing(uninterrupted, tmp_path):
+def test_resume_with_another_number_of_workers_changes_nothing(uninterrupted_there, tmp_path):
     for updates, workers in ((4, 2), (5, 1)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Training, "step", _stopped_after(updates))
             with pytest.raises(PowerCut):
                 _fit(tmp_path / "run", workers=workers)
-    _agrees(_fit(tmp_path / "run"), uninterrupted[tiny_convnet])
+    _agrees(_fit(tmp_path / "run"), uninterrupted_there[tiny_convnet])
 
 
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_model_in_channels_last_resumes_too(optimizer, tmp_path):
+    # Its moments lie in memory as its weights do, for the fused kernels go through both in step.
+    def make():
+        return tiny_convnet().to(memory_format=torch.channels_last)
+
+    plan = [tk.finetune(2, lr=0.01, optimizer=optimizer)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "step", _stopped_after(4))
+        with pytest.raises(PowerCut):
+            _fit(tmp_path, make=make, plan=plan)
+    _agrees(_fit(tmp_path, make=make, plan=plan), _fit(make=make, plan=plan))
+
+
+@pytest.mark.usefixtures("device")
 def test_a_data_set_of_torch_with_random_transforms_resumes_too(tmp_path):
     class Noisy(torch.utils.data.Dataset):
         def __len__(self):
@@ -131,6 +153,7 @@ def test_a_data_set_of_torch_with_random_transforms_resumes_too(tmp_path):
     _agrees(fit(tmp_path), fit())
 
 
+@pytest.mark.usefixtures("device")
 def test_resume_on_cached_features(tmp_path):
     plan = [tk.linear_probe(4, lr=0.02)]
 
@@ -330,6 +353,7 @@ def test_kill_9_at_any_moment_leaves_the_last_checkpoint_readable(uninterrupted,
     for saves in (2, 7, 5):
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, here, str(directory)],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
