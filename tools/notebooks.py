@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tools import execute, labs
 
+DECLARED = ("lab", "claims", "full-claims", "figures")  # what a lab says of itself in its metadata
 INSTALL = """\
 # Only where the book's library is not installed yet, as on Colab or Binder.
 import importlib.util
@@ -54,9 +55,7 @@ def strip(lab: labs.Lab) -> None:
     notebook["metadata"] = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
-        "transferkit": {
-            key: value for key, value in lab.declared.items() if key in ("lab", "claims", "figures")
-        },
+        "transferkit": {key: value for key, value in lab.declared.items() if key in DECLARED},
     }
     write(lab.source, notebook)
 

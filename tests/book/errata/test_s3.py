@@ -41,6 +41,19 @@ def test_the_minimum_is_the_same_wherever_training_starts_and_what_is_found_is_n
     assert train(1.5) > 0 > best
 
 
+def test_cross_entropy_takes_features_for_classes_and_leaves_the_head_alone():
+    backbone, head = nn.Linear(3, 8), nn.Linear(8, 2)
+    x, y = torch.randn(5, 3), torch.randint(2, (5,))
+    eight_classes = -F.log_softmax(backbone(x), dim=1)[torch.arange(5), y].mean()
+    loss = F.cross_entropy(backbone(x), y)
+    assert loss.item() == pytest.approx(eight_classes.item(), rel=1e-6)
+    loss.backward()
+    assert backbone.weight.grad is not None
+    assert head.weight.grad is None
+    F.cross_entropy(head(backbone(x)), y).backward()
+    assert head.weight.grad is not None
+
+
 def test_a_tokenizer_cannot_be_moved_to_a_device(tiny_tokenizer):
     with pytest.raises(AttributeError):
         tiny_tokenizer.to("cpu")
