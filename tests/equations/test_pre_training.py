@@ -64,7 +64,7 @@ def test_no_linear_autoencoder_beats_pca_and_one_reaches_it():
         return loss
 
     optimiser.step(closure)
-    assert float(closure()) == pytest.approx(bound, rel=1e-5)
+    assert closure().item() == pytest.approx(bound, rel=1e-5)
 
 
 # -- contrast -------------------------------------------------------------------------------------
