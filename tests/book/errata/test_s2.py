@@ -4,6 +4,8 @@ import pytest
 import torch
 import transformers
 
+import transferkit as tk
+
 SENTENCE = "这是一篇关于自然语言处理的文章。"  # the article's own test sentence
 
 
@@ -71,6 +73,19 @@ def test_a_classifier_that_is_not_told_has_two_classes(classifier, tiny_tokenize
     batch = tiny_tokenizer(["a good film"], return_tensors="pt")
     with pytest.raises(IndexError):
         classifier(**batch, labels=torch.tensor([2]))
+
+
+def test_one_objective_is_reached_by_different_features():
+    inputs = torch.randn(50, 6, dtype=torch.float64)
+    directions = torch.linalg.svd(inputs, full_matrices=False).Vh[:2].T  # of PCA
+    turn = torch.linalg.qr(torch.randn(2, 2, dtype=torch.float64)).Q
+    losses, features = [], []
+    for encode in (directions, directions @ turn):
+        features.append(inputs @ encode)
+        items = tk.data.Batch(inputs, None, torch.arange(50))
+        losses.append(tk.reconstruction().loss(features[-1] @ encode.T, items).mean())
+    torch.testing.assert_close(losses[0], losses[1])
+    assert not torch.allclose(features[0], features[1], atol=0.1)
 
 
 def test_the_repaired_listing_trains_saves_loads_and_names_a_label(repaired, tiny_bert, tmp_path):

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+import transferkit as tk
+
 TAGS = {"O": 0, "B-PER": 1, "I-PER": 2, "B-ORG": 3, "I-ORG": 4, "B-LOC": 5, "I-LOC": 6}
 
 
@@ -184,6 +186,18 @@ def test_the_python_of_the_instructions_is_refused_by_the_versions_of_today():
     for package in ("torch", "transformers", "torchvision"):
         wanted = importlib.metadata.metadata(package)["Requires-Python"]
         assert not SpecifierSet(wanted).contains("3.8")
+
+
+def test_hidden_tokens_are_labels_without_anybody_and_classes_are_not():
+    tokens = torch.randint(3, 20, (8, 12))
+    hidden = tk.masked(tk.data.tensors(tokens), rate=0.5, mask=1, special=(0, 2), vocabulary=20)
+    model = tk.Staged([("tokens", nn.Embedding(20, 4)), ("head", nn.Linear(4, 20))])
+    tk.fit(model, tk.masked_lm(), hidden, plan=tk.finetune(1), device="cpu")
+
+    images = tk.data.tensors(torch.randn(8, 12))
+    model = tk.Staged([("features", nn.Linear(12, 4)), ("head", nn.Linear(4, 3))])
+    with pytest.raises((ValueError, TypeError), match="label"):
+        tk.fit(model, tk.classification(), images, plan=tk.finetune(1), device="cpu")
 
 
 def test_the_repaired_listing_gives_each_word_its_own_label_and_ignores_the_rest(
