@@ -12,6 +12,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 LISTING = """
 model = torch.hub.load('pytorch/vision:v0.9.0', 'resnet18', pretrained=True)
@@ -165,3 +166,62 @@ def test_the_repaired_listing_gets_a_new_head_and_leaves_validation_alone(repair
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     assert names["accuracy"](model, loader) == max(history)
     assert all(value.equal(buffers[name]) for name, value in model.named_buffers())
+
+
+class OneOrTwo(nn.Module):
+    """A classifier of items with one or two inputs, which share their first layer."""
+
+    def __init__(self, inputs, source=None):
+        super().__init__()
+        self.branch, self.head = nn.Linear(6, 8), nn.Linear(8 * inputs, 2)
+        if source is not None:
+            self.branch.load_state_dict(source.branch.state_dict())
+
+    def forward(self, x):  # (n, inputs, 6)
+        return self.head(torch.tanh(self.branch(x)).flatten(1))
+
+
+def trained(model, x, y, steps=60):
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.03)
+    losses = []
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+@pytest.mark.parametrize("transferred", [False, True])
+def test_where_a_network_starts_and_how_many_inputs_it_has_are_two_questions(inputs, transferred):
+    x = torch.randn(64, 2, 6)
+    source = OneOrTwo(1)
+    trained(source, x[:, :1], (x[:, 0, 0] > 0).long())  # the source has one input
+    model = OneOrTwo(inputs, source if transferred else None)
+    started_at_the_source = torch.equal(model.branch.weight, source.branch.weight)
+    assert started_at_the_source == transferred
+    losses = trained(model, x[:, :inputs], (x[:, :inputs, 0].sum(1) > 0).long())
+    assert losses[-1] < 0.5 * losses[0]
+    assert not torch.equal(model.branch.weight, source.branch.weight)  # the branch learnt, too
+
+
+def multiplications(model, x, y):
+    """Of one forward and backward pass, twice over: each is counted with its addition."""
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(model(x), y).backward()
+    return counter.get_total_flops()
+
+
+def test_an_update_costs_the_same_wherever_the_weights_start(resnet):
+    x, y = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    other = torchvision.models.resnet18(weights=None)
+    other.load_state_dict({k: v + 0.01 for k, v in resnet.state_dict().items()})
+    assert multiplications(resnet, x, y) == multiplications(other, x, y) > 0
+
+
+def test_a_linear_model_costs_a_small_part_of_an_update_of_the_network(resnet):
+    x, y = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 1000))
+    assert multiplications(linear, x, y) < multiplications(resnet, x, y) / 10
