@@ -1,5 +1,6 @@
 """The third article (BERT with Keras calls): its errors happen, and their repairs work."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -93,3 +94,13 @@ def test_the_repaired_listing_trains_saves_loads_and_names_a_label(repaired, tin
     texts, labels = ["a good film", "a bad film"], ["pleased", "angry"]
     names["fine_tune"](str(tiny_bert), texts, labels, tmp_path / "mine", epochs=40, lr=1e-2)
     assert names["predict"](tmp_path / "mine", texts) == labels
+
+
+def test_the_effect_of_one_kind_of_source_is_positive_and_of_another_negative(repaired):
+    transfer_effect = repaired("err-s2-effect")["transfer_effect"]
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2310, 20))
+    y = (x[:, :5].sum(axis=1) > 0).astype(int)
+    source, target, test = (x[:300], y[:300]), (x[300:310], y[300:310]), (x[310:], y[310:])
+    assert transfer_effect(source, target, test) > 0.1
+    assert transfer_effect((source[0], 1 - source[1]), target, test) < -0.1
