@@ -4,6 +4,7 @@ import textwrap
 
 import pytest
 import tiny
+import torch
 
 from tools import labs, prose
 
@@ -34,7 +35,11 @@ def test_the_code_of_a_solution_runs(place, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRANSFERKIT_PROFILE", "smoke")
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    run(place, code)
+    dtype = torch.get_default_dtype()
+    try:
+        run(place, code)
+    finally:
+        torch.set_default_dtype(dtype)  # a solution may compute in float64; what follows may not
 
 
 def test_a_solution_that_fails_is_seen(book):
