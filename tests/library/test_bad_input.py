@@ -21,6 +21,8 @@ from torch import nn
 import transferkit as tk
 from transferkit import cache, checkpoint, data, layers, profiles
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(20, 4, generator=GENERATOR)
 Y = (X[:, 0] > 0).long()
@@ -31,10 +33,6 @@ def _alone(monkeypatch, tmp_path):
     monkeypatch.setenv("TRANSFERKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TRANSFERKIT_OFFLINE", "1")
     monkeypatch.delenv(profiles.VARIABLE, raising=False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _model(outputs: int = 2) -> nn.Sequential:

@@ -12,19 +12,13 @@ from benchmarks import common, counters, options, systems, tasks, tax
 from benchmarks.targets import targets
 from tools import appendix, benchmarks, labs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PAGE = (labs.ROOT / "book" / "appendix" / "benchmarks.md").read_text("utf-8")
 TRAINS = {name: system for name, system in systems.known().items() if not system.missing()}
 NEEDS_TEXTS = {"bare loop, length buckets"}
 OWN_WAY = {"one pass over the backbone", "features once + scikit-learn"}  # no epochs of AdamW
 NEEDS_BACKBONE = {"bare loop, features once", "transferkit, features on disk"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

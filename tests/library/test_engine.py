@@ -12,14 +12,12 @@ from torch import nn
 import transferkit as tk
 from transferkit import devices
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_an_own_cache(monkeypatch, tmp_path):
+def _an_own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("TRANSFERKIT_CACHE", str(tmp_path / "cache"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _data(count: int = 40, seed: int = 0):

@@ -21,16 +21,10 @@ from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import card, laws, report, speed, steps
 from tools import benchmarks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def measured(function) -> list[dict]:

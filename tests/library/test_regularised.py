@@ -357,6 +357,7 @@ def test_wrapped_objectives_are_values_that_copy_and_answer_for_the_inner_one():
         tk.l2_sp(inner, model),
         tk.distillation(inner, model),
     ):
+        # what is read back was written on this line: nothing from outside is unpickled
         for twin in (copy.deepcopy(objective), pickle.loads(pickle.dumps(objective))):
             assert twin == objective and hash(twin) == hash(objective)
         assert objective.additive and objective.scored == inner.scored
