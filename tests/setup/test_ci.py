@@ -9,10 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Stands for make: notes the target and whether the network is cut, and fails where told to.
+# Stands for make: notes the target and whether the network is cut; fails, or stops CI, if told to.
 MAKE = """\
 #!/bin/sh
 echo "$1 ${{http_proxy:-plugged}}" >> {log}
+[ "{failing}" = stopped ] && kill -TERM $PPID
 [ "$1" = test ] && echo "412 passed, 3 skipped in 61.20s"
 [ "$1" != "{failing}" ]
 """
@@ -69,3 +70,9 @@ def test_any_failure_fails_it(tmp_path, failing):
     assert status == 1
     assert calls[-1].startswith(failing)
     assert said[-1].startswith("ci: failed")
+
+
+def test_a_run_that_is_stopped_has_not_passed(tmp_path):
+    status, said, calls = run_ci(tmp_path, "stopped")
+    assert (status, len(calls)) == (143, 1)
+    assert said[-1].startswith("ci: failed (status 143)")
