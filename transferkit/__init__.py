@@ -21,6 +21,7 @@ _MODULES = (
     "data",
     "datasets",
     "devices",
+    "discrepancy",
     "distributed",
     "engine",
     "evaluation",
@@ -85,6 +86,11 @@ _NAMES = {
     "distillation": "regularised",
     "l2_sp": "regularised",
     "adversarial": "regularised",
+    # how far apart source and target are
+    "mmd": "discrepancy",
+    "coral": "discrepancy",
+    "wasserstein": "discrepancy",
+    "proxy_a_distance": "discrepancy",
     # metrics
     "accuracy": "metrics",
     "balanced_accuracy": "metrics",
