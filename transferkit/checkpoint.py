@@ -29,6 +29,7 @@ FORMAT = 2
 LOADERS = (  # a file must not choose what code runs
     "transferkit.models.load",
     "transferkit.peft.rebuild",
+    "transferkit.adapt.rebuild",
 )
 LAST = "last.safetensors"
 
