@@ -1,4 +1,4 @@
-"""The formulas of *When transfer fails*: the lab's functions against brute force and exact cases."""
+"""The formulas of *When transfer fails*: the lab against brute force and exact cases."""
 
 import ast
 import copy
@@ -107,8 +107,9 @@ def test_the_squared_distance_of_mean_feature_vectors_is_three_mean_kernels():
 
 def pairs_of_kernels(a, b, width):
     """Mean kernels over the pairs within a, within b (no row with itself) and between."""
+
     def k(u, v):
-        return math.exp(-distance.euclidean(u, v) ** 2 / (2 * width**2))
+        return math.exp(-(distance.euclidean(u, v) ** 2) / (2 * width**2))
 
     within = [np.mean([k(u, v) for u, v in itertools.permutations(part, 2)]) for part in (a, b)]
     return *within, np.mean([k(u, v) for u in a for v in b])
@@ -227,6 +228,7 @@ def test_the_disagreements_of_two_cuts_are_intervals(lab, seed):
 
 def exact_terms(points, labels, p, q, heads):
     """For each head the exact terms of the bound, on a finite domain, as fractions."""
+
     def error(shares, h):
         return sum(s for s, said, right in zip(shares, h, labels, strict=True) if said != right)
 
@@ -316,8 +318,8 @@ def test_the_floor_is_reached_by_one_value_of_the_features(lab):
 def test_divergence_and_entropy_are_scipys(lab):
     for seed in range(5):
         p, q = distributions(seed)
-        close(lab("variation")(p, q), max(sum((p - q)[list(s)]) for k in range(6)
-                                          for s in itertools.combinations(range(5), k)))  # fmt: skip
+        subsets = [list(s) for k in range(6) for s in itertools.combinations(range(5), k)]
+        close(lab("variation")(p, q), max(np.sum((p - q)[at]) for at in subsets))
         close(lab("js_divergence")(p, q), distance.jensenshannon(p, q, base=2) ** 2)
         close(lab("entropy_bits")(p), stats.entropy(p, base=2))
     close(lab("js_divergence")([1, 0], [0, 1]), 1.0)
@@ -335,6 +337,7 @@ def players(seed=7):
 
 def both_losses(w, v, u, source, labels, target):
     """Task and domain loss, one row after the other, from the definition."""
+
     def loss(row, head, answer):
         chance = special.expit(sum(head * (w @ row)))
         return -math.log(chance if answer else 1 - chance)
@@ -373,7 +376,9 @@ def test_one_backward_pass_through_the_reversal_gives_all_three(lab):
     features = [torch.tensor(rows) @ parameters[0].T for rows in (source, target)]
     both = torch.cat(features)
     domains = torch.tensor([1.0] * len(source) + [0.0] * len(target))
-    task = F.binary_cross_entropy_with_logits(features[0] @ parameters[1], torch.tensor(1.0 * labels))
+    task = F.binary_cross_entropy_with_logits(
+        features[0] @ parameters[1], torch.tensor(1.0 * labels)
+    )
     domain = F.binary_cross_entropy_with_logits(tk.grad_reverse(both, 0.6) @ parameters[2], domains)
     assert torch.equal(tk.grad_reverse(both, 0.6), both)  # forwards it does nothing
     (task + domain).backward()
@@ -487,6 +492,7 @@ def test_at_break_even_pooling_changes_nothing(lab, case):
 def test_the_best_share_has_the_least_error_and_never_hurts(lab, case):
     n_s, gap, noise_t, noise_s = case
     for n in (10, 200):
+
         def error(share, n=n):
             return (1 - share) ** 2 * (gap + noise_s / n_s) + share**2 * noise_t / n
 
