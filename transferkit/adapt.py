@@ -10,6 +10,7 @@ They can be put around each other: `tk.confusion(tk.dann())` has both terms, of 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,8 +72,7 @@ class Ramp:
     def __call__(self, share: float) -> float:
         """The weight when this share of the updates has been made."""
         # 2 / (1 + exp(-x)) - 1 = tanh(x / 2)
-        rise = float(torch.tanh(torch.tensor(self.steepness * share / 2, dtype=torch.float64)))
-        return self.start + (self.end - self.start) * rise
+        return self.start + (self.end - self.start) * math.tanh(self.steepness * share / 2)
 
 
 class _Reversal(torch.autograd.Function):
@@ -384,8 +384,8 @@ def _watching(model: nn.Module, places: set[str | None]) -> Iterator[dict[str | 
         def keep(value: Any, at: str | None = at) -> None:
             if not isinstance(value, Tensor) or value.dim() != 2:
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                where = "what enters the head" if at is None else f"the output of {at!r}"
-                raise _Misplaced(
+                where = "what enters the head" if at is None else f"what {at!r} gives"
+                raise Misplaced(
                     f"{where} is {shape}, but features (n, d) are expected: name a module that "
                     'gives one row an item, such as at="pool"'
                 )
@@ -398,10 +398,6 @@ def _watching(model: nn.Module, places: set[str | None]) -> Iterator[dict[str | 
         hooks.append(hook)
     try:
         yield found
-    except ValueError as error:
-        if isinstance(error.__cause__, _Misplaced):  # without what is said of wrong inputs
-            raise ValueError(str(error.__cause__)) from None
-        raise
     finally:
         for hook in hooks:
             hook.remove()
@@ -410,8 +406,8 @@ def _watching(model: nn.Module, places: set[str | None]) -> Iterator[dict[str | 
         raise ValueError(f"the module at {unused[0]!r} takes no part in the pass: name another")
 
 
-class _Misplaced(ValueError):
-    pass
+class Misplaced(ValueError):
+    """What a module gives is no table of features; a kind of its own, to be told as it is."""
 
 
 @dataclass(frozen=True)

@@ -91,10 +91,9 @@ class Training:
         self.progress = Bar(progress if distributed.rank() == 0 else False)
         # what acts once an update: the objective, and the way in which the model is adapted
         acting: tuple[Any, ...] = (objective, getattr(model, "adaptation", None))
-        self.penalties, self.before_update, self.after_update = (
-            [getattr(part, name) for part in acting if hasattr(part, name)]
-            for name in ("penalty", "before", "updated")
-        )
+        self.penalties = [part.penalty for part in acting if hasattr(part, "penalty")]
+        self.before_update = [part.before for part in acting if hasattr(part, "before")]
+        self.after_update = [part.updated for part in acting if hasattr(part, "updated")]
         # of several ranks: how they train this phase
         self.parallel: distributed.Replicas | distributed.Shards | None = None
         self.autocast = devices.autocast(settings.device, settings.precision)
@@ -204,12 +203,10 @@ class Training:
 
         about = f"{self.settings.precision} {device.type}"
         features = cache.cached(prefix, self.source, compute, about, seed, augmented=True)
-        self.train, seconds = features, features.seconds
-        for name, source in self.watched.items():
-            self.seen[name] = features = cache.cached(prefix, source, compute, about)
-            seconds += features.seconds
+        seen = {n: cache.cached(prefix, part, compute, about) for n, part in self.watched.items()}
+        self.train, self.seen = features, {**seen}
         if self.state.update == 0:  # counted once, as measured when they were computed
-            self.state.feature_seconds += seconds
+            self.state.feature_seconds += sum(p.seconds for p in (features, *seen.values()))
 
     def _wrap(self) -> None:
         # Training may call another form of the model, evaluation calls the plain one.
@@ -663,8 +660,8 @@ class Run:
 
     def plot(self) -> Any:
         """A matplotlib figure of losses and metrics over the epochs, phases divided by lines."""
-        names = [metric.__name__ for metric in self.metrics]
-        return curves(self.history, names, self._state.starts)
+        names = [*(metric.__name__ for metric in self.metrics), self.settings.monitor]
+        return curves(self.history, [n for n in names if n != "loss"], self._state.starts)
 
     def replay(self, step: int) -> Update:
         """What an update saw, drawn again: its batches, augmented as then, and its learning rate.
@@ -711,10 +708,10 @@ def fit(
     monitor: str | None = None, patience: int | None = None, batch_size: int = 32,
     accumulate: int = 1, precision: str = "auto", clip: float | None = 1.0,
     ema: float | None = None, seed: int = 0, restore: str = "best",
-    directory: str | Path | None = None, save_every: float = 60.0, workers: int = 0,
+    report: Mapping[str, Any] | None = None, directory: str | Path | None = None,
+    save_every: float = 60.0, workers: int = 0, progress: bool | None = None,
     compile: bool | str | Callable[..., Any] = False, recompute: bool = False,
-    progress: bool | None = None, device: str | torch.device = "auto", parallel: str | None = None,
-    report: Mapping[str, Any] | None = None,
+    device: str | torch.device = "auto", parallel: str | None = None,
 ) -> Run:  # fmt: skip
     """Train a model by a plan of phases. It is changed in place and ends in eval mode.
 
@@ -741,6 +738,8 @@ def fit(
         restore: "best" gives the model, at the end of each phase, the weights of the best epoch of
             the run so far, so that the next phase starts from these and one that only does harm is
             undone; "last" leaves those of the last epoch.
+        report: more labelled data by name, such as `{"target": data}`, scored after each epoch.
+            That only goes into the history, as "target accuracy": nothing is chosen by it.
         directory, save_every: where to keep the state, and to go on from if it is there; how many
             seconds pass between two states within an epoch. On a GPU the run that goes on is the
             same bit for bit with `torch.use_deterministic_algorithms(True)`.
@@ -752,8 +751,6 @@ def fit(
         progress: whether to show a bar; by default where somebody looks.
         parallel: with several ranks, "ddp" (the default) keeps the whole model on each, "fsdp"
             divides weights, gradients and moments among them; a single process needs neither.
-        report: more labelled data by name, such as `{"target": data}`, scored after each epoch.
-            That only goes into the history, as "target accuracy": nothing is chosen by it.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names the remedy.
