@@ -14,10 +14,10 @@ the covariances C_S and C_T over n - 1, the dimension d, the means m_S and m_T:
 2. KevinMusgrave/pytorch-adapt, src/pytorch_adapt/layers/coral_loss.py
 3. jindongwang/transferlearning, code/DeepDA/loss_funcs/coral.py
 4. jindongwang/transferlearning, code/deep/DeepCoral/Coral.py
-5. facebookresearch/domainbed_measures, domainbed_measures/third_party/mmd_utils.py ("mean_cov"),
-   which says that it is from facebookresearch/DomainBed
-6. the CorrelationAlignmentLoss of tllib (tllib/alignment/coral.py), as sleepyseal/TransferScore
-   carries it; its docstring states the formula of the paper
+5. facebookresearch/DomainBed, domainbed/algorithms.py, AbstractMMD without Gaussian kernels, which
+   its CORAL is
+6. thuml/Transfer-Learning-Library, tllib/alignment/coral.py; its docstring states the formula of
+   the paper
 7. LuXC20zzZ/DHDA_A-CL, loss_fn/CORAL.py
 
 `means_too` is 4 times the paper's value plus the squared distance of the means over d: it is not
