@@ -422,8 +422,9 @@ class Dann(_Adapting):
       \log D(R_\lambda(f(x_i))) + \log\bigl(1 - D(R_\lambda(f(x'_i)))\bigr) \bigr]$$
 
     The weight is $\lambda$: it multiplies the gradient of the features alone, and the
-    discriminator always learns at the full rate (their Eqs. 13 to 15). Near log 2 the second term
-    says that the discriminator fails, because the features agree or because it is too weak.
+    discriminator always learns at the full rate, as in their experiments (Section 5.2.2). Their
+    objective adds the means of both domains, which is twice the second term here. Near log 2 this
+    term says that the discriminator fails, because the features agree or because it is too weak.
 
     Train on `pair`, with a model of `with_discriminator`. In evaluation, and in use, the
     discriminator takes no part: loss, outputs and checks are those of the inner objective.
@@ -468,7 +469,7 @@ class Cdan(_Adapting):
     r"""DANN whose discriminator sees features and answers together: CDAN (Long et al. 2018).
 
     Its inputs are all products $f_j\, g_c$ of a feature and the probability of a class (their
-    multilinear map, Eq. 5), so that the domains are matched class by class. No gradient flows
+    multilinear map), so that the domains are matched class by class. No gradient flows
     through the probabilities, as in the authors' code. With `entropy` an item weighs
     $1 + \exp(-H(g))$ (CDAN+E), so that sure answers count for more, and the term is divided by the
     sum of the weights.
@@ -724,14 +725,15 @@ def adabn(
 
 
 class _Moments:
-    # Sums over what enters a BatchNorm layer, channel by channel, in float64.
+    # Sums over what enters a BatchNorm layer, channel by channel, in float64 where there is one.
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm):
         self.norm, self.count = norm, 0
         self.sum: Tensor | float = 0.0
         self.squares: Tensor | float = 0.0
 
     def __call__(self, norm: nn.Module, inputs: tuple[Tensor]) -> None:
-        values = inputs[0].detach().double().transpose(0, 1).flatten(1)
+        wide = torch.float32 if inputs[0].device.type == "mps" else torch.float64
+        values = inputs[0].detach().to(wide).transpose(0, 1).flatten(1)
         # about a fixed number near the mean, so that no digits are lost
         self.shift = values.mean(1, keepdim=True) if not self.count else self.shift
         values = values - self.shift

@@ -253,6 +253,32 @@ def test_an_adaptation_resumes_in_mid_epoch_bit_for_bit(name, updates, tmp_path)
     assert whole[1] == resumed[1]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_replay_gives_the_very_pairs_of_an_update(workers, monkeypatch):
+    seen, step = [], Training.step
+
+    def watched(self, micro):
+        seen.append(micro[0])
+        step(self, micro)
+
+    monkeypatch.setattr(Training, "step", watched)
+    run = adapted("dann", workers=workers)[2]
+    for number in (1, 4, 7):
+        (again,) = run.replay(number).batches
+        assert same(again.inputs, seen[number - 1].inputs)
+        assert torch.equal(again.labels, seen[number - 1].labels)
+
+
+@pytest.mark.parametrize(
+    "how", [{"recompute": True}, {"precision": "bf16"}, {"ema": 0.9}, {"clip": None}], ids=str
+)
+@pytest.mark.parametrize("name", ["three", "mmd", "wasserstein"])
+def test_adaptation_goes_with_the_other_settings_of_fit(name, how):
+    _, rows, run = adapted(name, **how)
+    assert all(row["train_loss"] > 0 for row in rows)
+    assert torch.isfinite(run.model(TARGET[0])).all()
+
+
 def test_the_ramp_follows_the_updates_of_each_phase(monkeypatch):
     seen = []
     monkeypatch.setattr(_Adapting, "_now", lambda self: seen.append(self.share) or 1.0)
