@@ -140,8 +140,8 @@ def with_discriminator(
         model: changed in place.
         conditional: whether it sees features and answers together, as `cdan` asks.
         hidden: width of its two hidden layers.
-        inputs: the width of its inputs; by default of the head's first linear layer, where
-            `conditional` times the outputs of its last.
+        inputs: the width of its inputs; by default that of the head's, where `conditional` times
+            the number of its outputs.
         seed: of its first weights.
 
     Returns:
@@ -149,8 +149,7 @@ def with_discriminator(
 
     Raises:
         TypeError: the model is not a staged one, whose head is known.
-        ValueError: it has a discriminator already, its head has no linear layer and `inputs` is
-            not given, or a number is below 1.
+        ValueError: it has a discriminator already, its head no linear layer, or a number is under 1.
 
     Example:
         >>> model = tk.Staged([("body", nn.Linear(4, 8)), ("head", nn.Linear(8, 2))])
@@ -167,29 +166,28 @@ def with_discriminator(
         raise ValueError(
             "the model has a discriminator already: use it, or call tk.without_discriminator(model)"
         )
-    linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
-    if inputs is None and not linear:
-        raise ValueError(
-            f"the head {name!r} has no linear layer that says how wide the features are: pass "
-            "inputs=..."
-        )
-    if inputs is None:
-        inputs = linear[0].in_features * (linear[-1].out_features if conditional else 1)
+    inputs = _width(head, conditional) if inputs is None else inputs
     if inputs < 1 or hidden < 1:
         raise ValueError(f"inputs is {inputs} and hidden {hidden}: give at least 1, such as 256")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        widths = (inputs, hidden, hidden)
-        layers: list[nn.Module] = []
-        for width in widths[:-1]:
-            layers += [nn.Linear(width, hidden), nn.ReLU()]
-        discriminator = nn.Sequential(*layers, nn.Linear(hidden, 1))
+        below = [nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+        discriminator = nn.Sequential(*below, nn.Linear(hidden, 1))
     first = next(model.parameters(), torch.empty(0))
     _put(model, name, TwoHeads(head, discriminator.to(first.device)).train(head.training))
     if model.recipe is not None:
         arguments = {"base": model.recipe, "inputs": inputs, "hidden": hidden}
         model.recipe = {"loader": "transferkit.adapt.rebuild", "arguments": arguments}
     return model
+
+
+def _width(head: nn.Module, conditional: bool) -> int:
+    linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(
+            "the head has no linear layer that says how wide the features are: pass inputs=..."
+        )
+    return linear[0].in_features * (linear[-1].out_features if conditional else 1)
 
 
 def without_discriminator(model: Staged) -> Staged:

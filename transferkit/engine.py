@@ -86,7 +86,7 @@ class Training:
         self.model, self.objective, self.metrics = model, objective, metrics
         self.source, self.held_out = train, validation
         # what is scored after each epoch; only what has no name chooses the best one
-        self.watched = ({} if validation is None else {"": validation}) | settings.report
+        self.watched = ({} if validation is None else {None: validation}) | settings.report
         self.phases, self.settings = phases, settings
         self.progress = Bar(progress if distributed.rank() == 0 else False)
         # what acts once an update: the objective, and the way in which the model is adapted
@@ -277,7 +277,7 @@ class Training:
             what = (self.objective, objective.outputs, self.metrics, self.plain, where)
             with self._averaged():
                 found = getattr(self.watched[name], "scores", evaluation.scores)(*what)
-            row |= {f"{name} {key}".strip(): value for key, value in found.items()}
+            row |= {key if name is None else f"{name} {key}": v for key, v in found.items()}
         if self.scaler is not None:
             first = state.total - math.ceil(state.batch / _share(settings))
             row["skipped"] = sum(update >= first for update in state.skipped)
@@ -340,12 +340,10 @@ class Training:
         if parallel is not None:
             counts = distributed.counts(self.objective, micro, self.idle, device)
         elif len(micro) > 1:
-            # The divisor of the whole step, known before the first backward: so each micro-batch
-            # adds its share of the one mean, whatever the sizes.
+            # the divisor of the whole step, so that each micro-batch adds its share of one mean
             counts = tuple(map(sum, zip(*map(self.objective.counts, micro), strict=True)))
         for part, batch in enumerate(micro):
-            # the negative number keeps it apart from the augmentation of any item
-            place = part * settings.ranks + settings.rank
+            place = part * settings.ranks + settings.rank  # below 0: apart from what items draw
             devices.seed_dropout(device, data.mix(settings.seed, state.total, -1 - place))
             with self.autocast():
                 if parallel is None:
@@ -720,24 +718,20 @@ def fit(
 
     Args:
         objective: what is minimised, such as `classification()`.
-        train, validation: what `predict` accepts; validation is scored after each epoch. Without
-            labels it is `unlabelled(target)`.
+        train, validation: what `predict` accepts; validation (or `unlabelled`) is scored per epoch.
         plan: phases, such as `[linear_probe(1), finetune(3)]`.
         metrics, monitor: functions of logits and labels; the name of the one (the first), or
             "loss", that chooses the best epoch.
         patience: epochs of a phase without improvement on its own best after which it ends.
         batch_size, accumulate: items in a batch, and batches in an update (on each of several
             ranks: an update of N ranks sees N times as many).
-        precision: "fp32", "bf16", "fp16", or "auto": see `devices.resolve_precision`. The weights
-            stay in float32. In fp16 an update whose gradient overflows is skipped, and the history
-            says how many were: see `devices.Scaler`.
+        precision: "fp32", "bf16", "fp16", or "auto": see `devices.resolve_precision`. Weights stay
+            in float32. In fp16 an update whose gradient overflows is skipped: see `devices.Scaler`.
         clip: the largest norm of the gradient.
         ema: the decay, such as 0.999, of a moving average of the trained weights that is evaluated,
-            and with which each phase ends, in place of the weights: see `optim.Average`. Buffers,
-            such as the statistics of BatchNorm, are not averaged.
-        restore: "best" gives the model, at the end of each phase, the weights of the best epoch of
-            the run so far, so that the next phase starts from these and one that only does harm is
-            undone; "last" leaves those of the last epoch.
+            and with which each phase ends, in place of the weights, not buffers: `optim.Average`.
+        restore: "best" gives the model, at the end of each phase, the weights of the run's best
+            epoch so far, so that a phase that only does harm is undone; "last" leaves the last.
         report: more labelled data by name, such as `{"target": data}`, scored after each epoch.
             That only goes into the history, as "target accuracy": nothing is chosen by it.
         directory, save_every: where to keep the state, and to go on from if it is there; how many
@@ -789,6 +783,7 @@ def _prepare(
         patience=(limits[1], "at least 1, or None"),
         ema=(given.ema is None or 0 < given.ema < 1, "a number in (0, 1) such as 0.999, or None"),
         restore=(given.restore in ("best", "last"), "'best' or 'last'"),
+        report=(isinstance(given.report or {}, Mapping), 'data by name, as {"target": data}'),
         monitor=(given.monitor in known, f"one of {known}, or add the metric to metrics=[...]"),
         parallel=(given.parallel in (None, "ddp", "fsdp"), "None, 'ddp' or 'fsdp'"),
     )

@@ -407,6 +407,11 @@ def test_a_metric_cannot_choose_where_there_are_no_labels():
         )  # fmt: skip
 
 
+def test_a_report_needs_names():
+    with pytest.raises(ValueError, match="give data by name"):
+        tk.fit(make(), tk.classification(), (X, Y), plan=tk.finetune(1), report=(TARGET, Y))
+
+
 def test_unlabelled_data_choose_on_cached_features_too():
     run = tk.fit(
         make(), tk.classification(), (X, Y), tk.unlabelled(TARGET), plan=tk.linear_probe(2),
