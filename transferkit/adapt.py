@@ -149,7 +149,7 @@ def with_discriminator(
 
     Raises:
         TypeError: the model is not a staged one, whose head is known.
-        ValueError: it has a discriminator already, its head no linear layer, or a number is under 1.
+        ValueError: it has a discriminator, its head no linear layer, or a number is below 1.
 
     Example:
         >>> model = tk.Staged([("body", nn.Linear(4, 8)), ("head", nn.Linear(8, 2))])
