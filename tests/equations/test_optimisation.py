@@ -117,6 +117,18 @@ def test_the_error_obeys_the_equation_of_two_steps_back(lab, lr, beta):
     close(sorted(np.abs(roots)), sorted(np.abs(expected)), rel=1e-7)
 
 
+@pytest.mark.equation("eq-optimisation-window")
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_inside_the_window_both_roots_have_the_size_of_the_root_of_beta_outside_one_is_larger(beta):
+    low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
+    for product in np.linspace(0.01, 4, 57):
+        sizes = np.abs(np.linalg.eigvals(companion(product, beta, 1.0)))
+        if low < product < high:
+            close(sizes, np.full(2, math.sqrt(beta)))
+        else:
+            assert sizes.max() > math.sqrt(beta) > sizes.min()
+
+
 @pytest.mark.equation("eq-optimisation-best-momentum")
 @pytest.mark.parametrize(("low", "high"), [(1.0, 100.0), (0.2, 3.0)])
 def test_no_rate_and_momentum_of_many_have_a_smaller_worst_factor(lab, low, high):
@@ -231,6 +243,20 @@ def test_the_first_step_is_the_rate_whatever_the_gradient_is(lab):
     close(step[3], 0.05)
     uncorrected = 0.1 * 0.1 * 3.0 / math.sqrt(0.001 * 3.0**2)
     close(uncorrected, math.sqrt(10) * 0.1)
+
+
+@pytest.mark.equation("eq-optimisation-cauchy")
+@pytest.mark.parametrize(("beta1", "beta2"), [(0.9, 0.999), (0.5, 0.9)])
+def test_the_running_mean_is_at_most_the_root_of_that_of_squares_times_a_constant(beta1, beta2):
+    random = np.random.default_rng(8)
+    for _ in range(50):
+        g = random.normal(size=60) * np.exp(3 * random.normal(size=60))
+        back = np.arange(59, -1, -1)
+        m = abs(((1 - beta1) * beta1**back * g).sum())
+        root = math.sqrt(((1 - beta2) * beta2**back * g**2).sum())
+        middle = (1 - beta1) * (beta1**back * abs(g)).sum()
+        assert m <= middle
+        assert middle <= (1 - beta1) * root / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
 
 
 @pytest.mark.equation("eq-optimisation-adam-bound")
