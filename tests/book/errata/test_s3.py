@@ -182,6 +182,41 @@ def test_a_new_head_learns_nothing_at_the_recommended_learning_rate():
     assert digits_head(lr=1e-2)[0] > 0.95
 
 
+def test_the_rate_of_the_articles_own_programs_is_outside_its_search():
+    tried = [1e-5 / 2**step for step in range(20)]
+    assert max(tried) < 2e-5
+    best = max(digits_head(lr, steps=100)[0] for lr in tried[:4])
+    assert best < 0.3 < 0.9 < digits_head(1e-2, steps=100)[0]
+
+
+def test_rates_that_shrink_by_a_factor_stop_a_head_where_it_is():
+    weight = torch.zeros(1, requires_grad=True)
+    optimiser = torch.optim.Adam([weight], lr=1e-5)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.9)
+    places = []
+    for _ in range(300):
+        optimiser.zero_grad()
+        (weight - 1).square().sum().backward()
+        optimiser.step()
+        schedule.step()
+        places.append(weight.item())
+    assert places[-1] == places[-50]  # it has converged
+    assert places[-1] < 1.01 * 1e-5 / (1 - 0.9)  # and not to the minimum at 1
+
+
+def test_one_rate_means_three_lengths_of_a_step():
+    start, moved = 5 * torch.ones(4, 4), {}
+    for make in (torch.optim.SGD, torch.optim.AdamW, torch.optim.Adafactor):
+        weight = nn.Parameter(start.clone())
+        optimiser = make([weight], lr=1e-3, weight_decay=0.0)
+        weight.grad = torch.full_like(weight, 20.0)
+        optimiser.step()
+        moved[make.__name__] = (start - weight.detach()).mean().item()
+    assert moved["SGD"] == pytest.approx(1e-3 * 20, rel=1e-3)  # times the gradient
+    assert moved["AdamW"] == pytest.approx(1e-3, rel=1e-2)  # whatever the gradient
+    assert moved["Adafactor"] == pytest.approx(1e-3 * 5, rel=1e-2)  # times the weights
+
+
 def test_the_python_of_the_instructions_is_refused_by_the_versions_of_today():
     for package in ("torch", "transformers", "torchvision"):
         wanted = importlib.metadata.metadata(package)["Requires-Python"]
