@@ -75,7 +75,9 @@ def test_a_loss_near_its_minimum_is_the_quadratic_up_to_a_cubic_error():
     assert gaps[0] < 0.1 * energy(lowest + way, hessian, lowest)
 
 
-@pytest.mark.equation("eq-regularisation-objective", "eq-regularisation-l2-share")
+@pytest.mark.equation(
+    "eq-regularisation-objective", "eq-regularisation-system", "eq-regularisation-l2-share"
+)
 def test_the_penalised_minimum_is_found_by_a_minimiser_and_by_the_librarys_penalty(lab):
     for seed, weight in ((0, 0.3), (1, 2.0)):
         hessian, lowest, start = quadratic(seed, rows=9 - 6 * seed)
@@ -86,6 +88,8 @@ def test_the_penalised_minimum_is_found_by_a_minimiser_and_by_the_librarys_penal
             start,
             tol=1e-13,
         ).x
+        system = (hessian + weight * np.eye(4)) @ (expected - start)
+        close(system, hessian @ (lowest - start), rel=1e-5, abs=1e-6)
         found = lab("penalised_minimum")(hessian, lowest, start, weight)
         close(found, expected, rel=1e-5, abs=1e-6)
         model = tk.Staged([("body", nn.Linear(4, 1, bias=False)), ("head", nn.Identity())])
@@ -225,7 +229,7 @@ def linear_data(seed=5, n=8, width=4):
     return random.normal(size=(n, width)), random.normal(size=n), random.normal(size=width)
 
 
-@pytest.mark.equation("eq-regularisation-mask")
+@pytest.mark.equation("eq-regularisation-mask", "eq-regularisation-spread")
 def test_mean_and_variance_of_a_dropped_value_over_both_outcomes():
     for rate in (0.1, 0.5, 0.8):
         outcomes = [(mask[0] * 3.0, chance) for mask, chance in all_masks(1, rate)]
@@ -233,6 +237,8 @@ def test_mean_and_variance_of_a_dropped_value_over_both_outcomes():
         variance = sum((value - mean) ** 2 * chance for value, chance in outcomes)
         close(mean, 3.0, rel=1e-12)
         close(variance, 9 * rate / (1 - rate), rel=1e-12)
+        squared = sum((5 - value) ** 2 * chance for value, chance in outcomes)
+        close(squared, (5 - mean) ** 2 + variance, rel=1e-12)
     layer = nn.Dropout(0.25).train()
     assert set(layer(torch.ones(1000)).unique().tolist()) == {0.0, 1 / 0.75}
 
