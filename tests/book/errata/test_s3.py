@@ -251,3 +251,31 @@ def test_the_repaired_score_counts_whole_entities(repaired):
     assert entity_f1(truth, truth) == 1
     guess = [["B-PER", "I-PER", "O", "B-ORG"], ["B-ORG", "O"]]
     assert entity_f1(truth, guess) == pytest.approx(2 * 2 / (4 + 3))
+
+
+def test_a_classifier_made_robust_can_be_right_less_often():
+    # labels +-1; one loud clue that is right in 0.9 of the cases, 100 faint ones of mean 0.3 y.
+    # The faint ones are exchangeable and the loss is convex, so they may share one weight.
+    random = torch.Generator().manual_seed(0)
+    y = 2.0 * torch.randint(2, (20_000,), generator=random) - 1
+    loud = torch.where(torch.rand(20_000, generator=random) < 0.9, y, -y)
+    faint = 100 * 0.3 * y + 10 * torch.randn(20_000, generator=random)  # their sum
+
+    def margins(w, rows, radius):  # after the worst move of each clue by at most the radius
+        scores = y[rows] * (w[0] * loud[rows] + w[1] * faint[rows])
+        return scores - radius * (w[0].abs() + 100 * w[1].abs())
+
+    right = {}
+    train, test = slice(0, 10_000), slice(10_000, None)
+    for trained in (0.0, 0.6):
+        w = torch.zeros(2, requires_grad=True)
+        optimiser = torch.optim.Adam([w], lr=0.02)
+        for _ in range(400):
+            optimiser.zero_grad()
+            F.softplus(-margins(w, train, trained)).mean().backward()
+            optimiser.step()
+        for attacked in (0.0, 0.6):
+            right[trained, attacked] = (margins(w, test, attacked) > 0).float().mean().item()
+    assert right[0.0, 0.0] > 0.99
+    assert right[0.6, 0.0] == pytest.approx(0.9, abs=0.02)
+    assert right[0.6, 0.6] > 0.85 > 0.1 > right[0.0, 0.6]
