@@ -219,8 +219,13 @@ def read_zh_reviews() -> Table:
     texts = [_PHONE.sub("1**********", kept[key][0]) for key in keys]
     columns = {"text": texts, "domain": np.array([kept[key][1] for key in keys])}
     labels = np.array([int(1 in seen[key]) for key in keys], dtype=np.int64)
+    on_books = columns["domain"] == "books"
+    lengths = np.array([len(text) for text in texts])[on_books]
+    longer = lengths > np.median(lengths)
     counts = {
         "lines": lines,
+        "books": int(on_books.sum()),
+        "longer": int(np.sum(longer == labels[on_books])),
         "negative": len(exact[0]),
         "positive": len(exact[1]),
         "both": len(exact[0] & exact[1]),

@@ -242,6 +242,20 @@ def test_chinese_reviews_are_counted_as_the_card_says():
     assert all(f"{number:,}" in card for number in wanted.values())
 
 
+def test_the_length_of_a_chinese_review_says_as_much_as_the_card_says():
+    counts, right = load("zh-reviews")._table.counts, {}
+    for name in ("books", "hotels", "laptops"):
+        found = [part.select(part["domain"] == name) for part in parts("zh-reviews").values()]
+        labels = np.concatenate([part.labels for part in found])
+        lengths = np.array([len(text) for part in found for text in part["text"]])
+        right[name] = (labels == (lengths > np.median(lengths))).sum() / len(labels)
+        if name == "books":
+            assert counts["books"] == len(labels)
+            assert counts["longer"] == round(right[name] * len(labels))
+    assert right["books"] > 0.85 and abs(right["hotels"] - 0.5) < 0.03 > abs(right["laptops"] - 0.5)
+    assert f"{counts['longer']:,} of the {counts['books']:,}" in str(load("zh-reviews").card)
+
+
 def test_contradictions_are_dropped_from_the_chinese_reviews():
     texts = {text for split in parts("zh-reviews").values() for text in split["text"]}
     assert "只有3个USB" not in texts, "this line stands in both files"
