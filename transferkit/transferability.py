@@ -34,7 +34,7 @@ Score = Callable[[np.ndarray, np.ndarray], float]
 _ROUNDS = 1000  # of the fixed point; ten are enough unless the optimum lies at the edge
 _CLOSE = 1e-9  # relative change of alpha / beta at which it has arrived
 _EDGE = 1e-12  # alpha / beta stays within this factor of the largest eigenvalue, both ways
-_PENALTIES = np.logspace(-4, 2, 13)  # of the linear probe, in units of the features' variance
+_PENALTIES = np.logspace(-4, 2, 13)  # of the linear probe, in units of the total variance
 
 
 # ---- what is given ------------------------------------------------------------------------------
@@ -259,7 +259,8 @@ def logme(features: Any, labels: Any) -> float:
 
     Each class is a column of zeros and ones, taken for a regression: see `evidence`. Not changed by
     rotating the features or by multiplying all with one number; changed by shifting them, and by
-    stretching one column.
+    stretching one column. Items that stand there twice make it far too high where `D >= n`, for
+    then the labels seem to have no noise: remove duplicates first.
 
     Args:
         features: `(n, D)`.
