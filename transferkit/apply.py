@@ -83,23 +83,19 @@ def answer(model: nn.Module, texts: Sequence[str]) -> list[Answer]:
         raise TypeError("texts is one string and a list is expected: pass [text]")
     asked = SimpleNamespace(kind="text", name="texts", inputs=list(texts), labels=None)
     source: Any = data.as_source(asked, model)  # of the class data.Texts
-    said = evaluation.predict(model, source, precision="fp32")
+    said: Any = evaluation.predict(model, source, precision="fp32")  # one row a text
+    best, shares = said.classes, said.probabilities
     whole = [len(row) for row in tokenizer(list(texts), verbose=False)["input_ids"]]
     rows = np.split(source.tokens.numpy(), np.cumsum(source.lengths)[:-1])
     unknown = [int(np.sum(row == tokenizer.unk_token_id)) for row in rows]
-    columns = (texts, said.classes, said.probabilities, said.logits, source.lengths, unknown, whole)
     return [
         Answer(
-            text,
-            labels[best],
-            float(shares[best]),
-            logits.tolist(),
-            int(read),
-            lost,
-            bool(all > read),
+            text=text, label=labels[best[at]], logits=said.logits[at].tolist(),
+            probability=float(shares[at].max()), read=len(rows[at]),
+            unknown=unknown[at], cut=whole[at] > len(rows[at]),
         )
-        for text, best, shares, logits, read, lost, all in zip(*columns, strict=True)
-    ]
+        for at, text in enumerate(texts)
+    ]  # fmt: skip
 
 
 def limits(folder: str | Path, labels: Iterable[str]) -> list[str]:
