@@ -358,3 +358,56 @@ def test_text_that_is_not_utf8_is_refused_with_file_line_and_remedy(tmp_path, mo
     monkeypatch.setattr(assets, "files", lambda _: found)
     with pytest.raises(ValueError, match=r"neg\.txt, line 2: .* not valid UTF-8.*GB18030"):
         datasets.load("zh-reviews")
+
+
+# ---- a table of one's own -----------------------------------------------------------------------
+
+
+def table(path: Path, rows: list[str], header: str = "text,label") -> Path:
+    path.write_text("\n".join([header, *rows]), encoding="utf-8")
+    return path
+
+
+MANY = [f"{word} number {i},{label}" for i in range(60) for word, label in (("a", "x"), ("b", "y"))]
+
+
+def test_copies_and_contradictions_leave_before_the_split(tmp_path):
+    rows = [*MANY, "A number 3!,x", "b number 4,x"]  # a copy, and a text with two labels
+    mine = datasets.from_csv(table(tmp_path / "mine.csv", rows))
+    kept = [
+        text for part in (mine.train, mine.validation, mine._split("test")) for text in part["text"]
+    ]
+    assert len(kept) == len(set(kept)) == len(MANY) - 1
+    assert "b number 4" not in kept
+    assert "1 rows repeat another, 1 texts have two labels" in str(mine.card)
+
+
+def test_rows_of_one_group_stay_on_one_side_and_labels_are_sorted_by_name(tmp_path):
+    rows = [f"{row},{i % 30}" for i, row in enumerate(MANY)]
+    path = table(tmp_path / "mine.csv", rows, "text,label,writer")
+    mine = datasets.from_csv(path, group="writer")
+    sides = [set(part.keys) for part in (mine.train, mine.validation, mine._split("test"))]
+    assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+    assert mine.labels == ["x", "y"]
+
+
+def test_a_new_row_moves_no_other_row(tmp_path):
+    before = datasets.from_csv(table(tmp_path / "mine.csv", MANY))
+    after = datasets.from_csv(table(tmp_path / "mine.csv", ["new one,x", *MANY]))
+    assert set(before.train["text"]) <= set(after.train["text"]) | {"new one"}
+    assert set(before.validation["text"]) <= set(after.validation["text"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "message"),
+    [
+        (MANY, "review,label", "no column 'text'"),
+        ([], "text,label", "no column 'text'"),
+        ([*MANY, " ,x"], "text,label", "row 121: 'text' is empty"),
+        ([*MANY, "alone"], "text,label", "row 121: 'label' is empty"),
+        ([*MANY, "alone,z"], "text,label", "no row labelled 'z' falls into"),
+    ],
+)
+def test_a_table_that_does_not_fit_says_where(tmp_path, rows, header, message):
+    with pytest.raises(ValueError, match=message):
+        datasets.from_csv(table(tmp_path / "mine.csv", rows, header))

@@ -90,6 +90,44 @@ def test_neither_the_loss_nor_max_accepts_a_model_output(encoder, tiny_tokenizer
         torch.max(output, 1)
 
 
+def test_the_last_part_of_the_listing_uses_data_that_nothing_made():
+    program = """
+epochs = 5
+batch_size = 32
+for epoch in range(epochs):
+    train_loss = train(model, train_data, batch_size)
+    dev_accuracy = evaluate(model, dev_data, batch_size)
+test_accuracy = evaluate(model, test_data, batch_size)
+"""
+    given = {"model": None, "train": lambda *_: 0, "evaluate": lambda *_: 0}
+    with pytest.raises(NameError, match="train_data"):
+        exec(program, dict(given))
+    exec(program, given | {"train_data": [], "dev_data": [], "test_data": []})
+
+
+def test_five_epochs_of_few_examples_hardly_move_a_new_head():
+    def five_epochs(lr):
+        torch.manual_seed(0)
+        x = torch.randn(1200, 64)
+        y = (x.sum(1) > 0).long()
+        head = nn.Linear(64, 2)
+        nn.init.normal_(head.weight, std=0.02)
+        start = head.weight.detach().clone()
+        optimiser = torch.optim.Adam(head.parameters(), lr=lr)
+        for rows in torch.cat([torch.randperm(200) for _ in range(5)]).view(5, 200):
+            for batch in rows.split(32):
+                optimiser.zero_grad()
+                F.cross_entropy(head(x[batch]), y[batch]).backward()
+                optimiser.step()
+        accuracy = (head(x[200:]).argmax(1) == y[200:]).float().mean().item()
+        return accuracy, (head.weight - start).abs().max().item()
+
+    accuracy, travelled = five_epochs(2e-5)  # of 7 updates each
+    assert travelled < 1.4 * 35 * 2e-5 < 0.02 / 20
+    assert accuracy < 0.65
+    assert five_epochs(1e-2)[0] > 0.85
+
+
 def test_the_mean_of_batch_means_is_not_the_mean_over_the_examples():
     losses = torch.tensor([0.0] * 16 + [1.0])
     batches = [batch for (batch,) in DataLoader(TensorDataset(losses), batch_size=16)]
