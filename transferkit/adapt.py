@@ -3,8 +3,9 @@
 A batch of `target.pair` holds labelled items of the source and unlabelled ones of the target. The
 model sees both in one forward pass; the source loss looks at the first half of its outputs, and
 each adaptation adds a term of both halves: `dann` and `cdan` of a discriminator, `align` of a
-distance, `confusion` of the answers. They couple the items of a batch, so accumulation is refused.
-They can be put around each other: `tk.confusion(tk.dann())` has both terms, of the same pass.
+distance, `confusion` of the answers. A BatchNorm that is trained averages over both domains. They
+couple the items of a batch, so accumulation is refused. They can be put around each other:
+`tk.confusion(tk.dann())` has both terms, of the same pass.
 """
 
 from __future__ import annotations

@@ -412,7 +412,8 @@ def self_training(
     source, target = as_source(source, model), as_source(target, model)
     runs: list[engine.Run] = []
     for number in range(rounds + 1):
-        sure = [pseudo_labels(model, target, threshold)] if number else []
+        precision = settings.get("precision", "auto")
+        sure = [pseudo_labels(model, target, threshold, precision=precision)] if number else []
         given = Joined(source, *sure) if sure else source
         folder = None if directory is None else Path(directory) / f"round {number}"
         runs.append(engine.fit(model, objective, given, validation, directory=folder, **settings))

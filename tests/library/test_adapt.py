@@ -420,7 +420,7 @@ def test_unlabelled_data_choose_on_cached_features_too():
     assert {"im", "target accuracy", "target loss"} <= set(run.best)
 
 
-def test_the_table_shows_the_chosen_the_last_and_the_oracle_epoch():
+def test_the_table_shows_the_chosen_the_last_and_the_oracle_epoch(tmp_path):
     report = {"source": (X, Y), "target": (TARGET, Y)}
     run = tk.fit(
         make(), tk.classification(), (X, Y), tk.unlabelled(TARGET), report=report,
@@ -430,6 +430,8 @@ def test_the_table_shows_the_chosen_the_last_and_the_oracle_epoch():
     assert [row[""] for row in table] == ["chosen", "last", "oracle"]
     assert table[0]["epoch"] == run.best["epoch"]
     assert table[1]["epoch"] == 6
+    card = (run.save(tmp_path) / "README.md").read_text("utf-8")
+    assert "on the validation data, but for train_loss and for what names other data" in card
     assert table[2]["target accuracy"] == max(row["target accuracy"] for row in run.history)
     assert "oracle" in repr(run)
     assert "im" in [text.get_text().strip() for axis in run.plot().axes for text in axis.texts]
