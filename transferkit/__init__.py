@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _MODULES = (
     "adapt",
+    "apply",
     "assets",
     "backbones",
     "cache",
@@ -40,6 +41,7 @@ _MODULES = (
     "regularised",
     "show",
     "target",
+    "transferability",
     "vectors",
 )
 
@@ -118,6 +120,16 @@ _NAMES = {
     "mean_interval": "metrics",
     "paired_interval": "metrics",
     "bootstrap_interval": "metrics",
+    # choosing a model: scores of its features, and what training it would take
+    "leep": "transferability",
+    "nce": "transferability",
+    "logme": "transferability",
+    "h_score": "transferability",
+    "knn_accuracy": "transferability",
+    "centroid_accuracy": "transferability",
+    "probe_accuracy": "transferability",
+    "rank_models": "transferability",
+    "rank_layers": "transferability",
     # evidence: what a lab prints, draws and asserts
     "profile": "profiles",
     "claim": "claims",

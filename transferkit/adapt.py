@@ -3,13 +3,15 @@
 A batch of `target.pair` holds labelled items of the source and unlabelled ones of the target. The
 model sees both in one forward pass; the source loss looks at the first half of its outputs, and
 each adaptation adds a term of both halves: `dann` and `cdan` of a discriminator, `align` of a
-distance, `confusion` of the answers. They couple the items of a batch, so accumulation is refused.
-They can be put around each other: `tk.confusion(tk.dann())` has both terms, of the same pass.
+distance, `confusion` of the answers. A BatchNorm that is trained averages over both domains. They
+couple the items of a batch, so accumulation is refused. They can be put around each other:
+`tk.confusion(tk.dann())` has both terms, of the same pass.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,8 +73,7 @@ class Ramp:
     def __call__(self, share: float) -> float:
         """The weight when this share of the updates has been made."""
         # 2 / (1 + exp(-x)) - 1 = tanh(x / 2)
-        rise = float(torch.tanh(torch.tensor(self.steepness * share / 2, dtype=torch.float64)))
-        return self.start + (self.end - self.start) * rise
+        return self.start + (self.end - self.start) * math.tanh(self.steepness * share / 2)
 
 
 class _Reversal(torch.autograd.Function):
@@ -140,8 +141,8 @@ def with_discriminator(
         model: changed in place.
         conditional: whether it sees features and answers together, as `cdan` asks.
         hidden: width of its two hidden layers.
-        inputs: the width of its inputs; by default of the head's first linear layer, where
-            `conditional` times the outputs of its last.
+        inputs: the width of its inputs; by default that of the head's, where `conditional` times
+            the number of its outputs.
         seed: of its first weights.
 
     Returns:
@@ -149,8 +150,7 @@ def with_discriminator(
 
     Raises:
         TypeError: the model is not a staged one, whose head is known.
-        ValueError: it has a discriminator already, its head has no linear layer and `inputs` is
-            not given, or a number is below 1.
+        ValueError: it has a discriminator, its head no linear layer, or a number is below 1.
 
     Example:
         >>> model = tk.Staged([("body", nn.Linear(4, 8)), ("head", nn.Linear(8, 2))])
@@ -167,29 +167,28 @@ def with_discriminator(
         raise ValueError(
             "the model has a discriminator already: use it, or call tk.without_discriminator(model)"
         )
-    linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
-    if inputs is None and not linear:
-        raise ValueError(
-            f"the head {name!r} has no linear layer that says how wide the features are: pass "
-            "inputs=..."
-        )
-    if inputs is None:
-        inputs = linear[0].in_features * (linear[-1].out_features if conditional else 1)
+    inputs = _width(head, conditional) if inputs is None else inputs
     if inputs < 1 or hidden < 1:
         raise ValueError(f"inputs is {inputs} and hidden {hidden}: give at least 1, such as 256")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        widths = (inputs, hidden, hidden)
-        layers: list[nn.Module] = []
-        for width in widths[:-1]:
-            layers += [nn.Linear(width, hidden), nn.ReLU()]
-        discriminator = nn.Sequential(*layers, nn.Linear(hidden, 1))
+        below = [nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+        discriminator = nn.Sequential(*below, nn.Linear(hidden, 1))
     first = next(model.parameters(), torch.empty(0))
     _put(model, name, TwoHeads(head, discriminator.to(first.device)).train(head.training))
     if model.recipe is not None:
         arguments = {"base": model.recipe, "inputs": inputs, "hidden": hidden}
         model.recipe = {"loader": "transferkit.adapt.rebuild", "arguments": arguments}
     return model
+
+
+def _width(head: nn.Module, conditional: bool) -> int:
+    linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(
+            "the head has no linear layer that says how wide the features are: pass inputs=..."
+        )
+    return linear[0].in_features * (linear[-1].out_features if conditional else 1)
 
 
 def without_discriminator(model: Staged) -> Staged:
@@ -384,8 +383,8 @@ def _watching(model: nn.Module, places: set[str | None]) -> Iterator[dict[str | 
         def keep(value: Any, at: str | None = at) -> None:
             if not isinstance(value, Tensor) or value.dim() != 2:
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                where = "what enters the head" if at is None else f"the output of {at!r}"
-                raise _Misplaced(
+                where = "what enters the head" if at is None else f"what {at!r} gives"
+                raise Misplaced(
                     f"{where} is {shape}, but features (n, d) are expected: name a module that "
                     'gives one row an item, such as at="pool"'
                 )
@@ -398,10 +397,6 @@ def _watching(model: nn.Module, places: set[str | None]) -> Iterator[dict[str | 
         hooks.append(hook)
     try:
         yield found
-    except ValueError as error:
-        if isinstance(error.__cause__, _Misplaced):  # without what is said of wrong inputs
-            raise ValueError(str(error.__cause__)) from None
-        raise
     finally:
         for hook in hooks:
             hook.remove()
@@ -410,8 +405,8 @@ def _watching(model: nn.Module, places: set[str | None]) -> Iterator[dict[str | 
         raise ValueError(f"the module at {unused[0]!r} takes no part in the pass: name another")
 
 
-class _Misplaced(ValueError):
-    pass
+class Misplaced(ValueError):
+    """What a module gives is no table of features; a kind of its own, to be told as it is."""
 
 
 @dataclass(frozen=True)
@@ -426,8 +421,9 @@ class Dann(_Adapting):
       \log D(R_\lambda(f(x_i))) + \log\bigl(1 - D(R_\lambda(f(x'_i)))\bigr) \bigr]$$
 
     The weight is $\lambda$: it multiplies the gradient of the features alone, and the
-    discriminator always learns at the full rate (their Eqs. 13 to 15). Near log 2 the second term
-    says that the discriminator fails, because the features agree or because it is too weak.
+    discriminator always learns at the full rate, as in their experiments (Section 5.2.2). Their
+    objective adds the means of both domains, which is twice the second term here. Near log 2 this
+    term says that the discriminator fails, because the features agree or because it is too weak.
 
     Train on `pair`, with a model of `with_discriminator`. In evaluation, and in use, the
     discriminator takes no part: loss, outputs and checks are those of the inner objective.
@@ -472,7 +468,7 @@ class Cdan(_Adapting):
     r"""DANN whose discriminator sees features and answers together: CDAN (Long et al. 2018).
 
     Its inputs are all products $f_j\, g_c$ of a feature and the probability of a class (their
-    multilinear map, Eq. 5), so that the domains are matched class by class. No gradient flows
+    multilinear map), so that the domains are matched class by class. No gradient flows
     through the probabilities, as in the authors' code. With `entropy` an item weighs
     $1 + \exp(-H(g))$ (CDAN+E), so that sure answers count for more, and the term is divided by the
     sum of the weights.
@@ -728,14 +724,15 @@ def adabn(
 
 
 class _Moments:
-    # Sums over what enters a BatchNorm layer, channel by channel, in float64.
+    # Sums over what enters a BatchNorm layer, channel by channel, in float64 where there is one.
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm):
         self.norm, self.count = norm, 0
         self.sum: Tensor | float = 0.0
         self.squares: Tensor | float = 0.0
 
     def __call__(self, norm: nn.Module, inputs: tuple[Tensor]) -> None:
-        values = inputs[0].detach().double().transpose(0, 1).flatten(1)
+        wide = torch.float32 if inputs[0].device.type == "mps" else torch.float64
+        values = inputs[0].detach().to(wide).transpose(0, 1).flatten(1)
         # about a fixed number near the mean, so that no digits are lost
         self.shift = values.mean(1, keepdim=True) if not self.count else self.shift
         values = values - self.shift

@@ -7,7 +7,7 @@ and read nothing back to the host, so that an objective can lower them: see `ada
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -47,8 +47,8 @@ def mmd(
     $$\frac{1}{n(n-1)} \sum_{i \ne j} k(x_i, x_j) + \frac{1}{m(m-1)} \sum_{i \ne j} k(y_i, y_j)
       - \frac{2}{nm} \sum_{i, j} k(x_i, y_j)$$
 
-    It has mean 0 where both samples come from one distribution, so that it is then negative about
-    as often as not. The biased one (the square of their Eq. 5) divides by $n^2$ and $m^2$ instead
+    It has mean 0 where both samples come from one distribution, so that it is then often negative.
+    The biased one (the square of their Eq. 5) divides by $n^2$ and $m^2$ instead
     and sums over $i = j$, too: it is never negative, and of mean above 0 without any difference.
 
     Args:
@@ -155,7 +155,7 @@ def wasserstein(x: Any, y: Any, projections: int = 128, seed: int = 0) -> Tensor
     $$W_1 = \int_0^1 \lvert F_X^{-1}(u) - F_Y^{-1}(u) \rvert\, du$$
 
     Of rows of more columns it is the mean of this over random directions on which they are
-    projected (Bonneel et al. 2015): 0 for equal samples, and smaller than $W_1$ itself.
+    projected (Bonneel et al. 2015): 0 for equal samples, and at most $W_1$ itself.
 
     Args:
         x, y: `(n,)` and `(m,)`, or `(n, d)` and `(m, d)`, at least two rows each.
@@ -179,30 +179,43 @@ def wasserstein(x: Any, y: Any, projections: int = 128, seed: int = 0) -> Tensor
     if projections < 1:
         raise ValueError(f"projections is {projections}: give at least 1, such as 128")
     if x.shape[1] > 1:
-        random = torch.Generator().manual_seed(seed)
-        ways = torch.randn(x.shape[1], projections, generator=random, dtype=torch.float64)
-        ways = (ways / ways.norm(dim=0)).to(x)
+        ways = _kept(_ways, x, x.shape[1], projections, seed).to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             x, y = x @ ways, y @ ways
-    left, right, shares = (part.to(x.device) for part in _steps(len(x), len(y)))
+    left, right, widths = _kept(_steps, x, len(x), len(y))
     gaps = (x.sort(dim=0).values[left] - y.sort(dim=0).values[right]).abs()
-    return (shares.to(x.dtype) @ gaps).mean()
+    return (widths.to(x.dtype).unsqueeze(1) * gaps).sum(0).mean() / (len(x) * len(y))
+
+
+def _kept(make: Callable[..., Any], like: Tensor, *numbers: int) -> Any:
+    # Made and copied to the device once; a fake or wrapped tensor must neither fill nor read it.
+    return (make if type(like) is Tensor else make.__wrapped__)(*numbers, like.device)
 
 
 @lru_cache(maxsize=32)
-def _steps(n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+def _ways(columns: int, projections: int, seed: int, device: torch.device) -> Tensor:
+    # Random directions, one a column. Never an inference tensor, even if evaluation comes first.
+    with torch.inference_mode(False):
+        random = torch.Generator().manual_seed(seed)
+        ways = torch.randn(columns, projections, generator=random, dtype=torch.float64)
+        return (ways / ways.norm(dim=0)).float().to(device)
+
+
+@lru_cache(maxsize=32)
+def _steps(n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     # The steps of both quantile functions: which row of each is meant, and the width of the step.
     # In units of 1 / (n m), where all steps end at whole numbers.
     ends = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)
-    shares = np.diff(ends, prepend=0) / (n * m)
-    left, right = (ends - 1) // m, (ends - 1) // n
-    return torch.from_numpy(left), torch.from_numpy(right), torch.from_numpy(shares)
+    steps = ((ends - 1) // m, (ends - 1) // n, np.diff(ends, prepend=0))
+    with torch.inference_mode(False):
+        left, right, widths = (torch.from_numpy(part).to(device) for part in steps)
+        return left, right, widths
 
 
 def proxy_a_distance(x: Any, y: Any, seed: int = 0, regularisation: float = 1.0) -> float:
     r"""How well a linear classifier tells two samples apart: 2(1 - 2ε), about 0 if not at all.
 
-    Ben-David et al. (2007, Section 4) approximate the A-distance of two samples by the error ε of a
+    Ben-David et al. (2007) approximate the A-distance of two samples by the error ε of a
     classifier that is trained to say which one a row is from. Here it is a logistic regression on
     standardised columns, and ε its error on held-out rows: each of five parts is judged by a
     classifier of the other four. Errors in both samples weigh the same, whatever their sizes. At 2

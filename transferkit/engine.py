@@ -86,15 +86,14 @@ class Training:
         self.model, self.objective, self.metrics = model, objective, metrics
         self.source, self.held_out = train, validation
         # what is scored after each epoch; only what has no name chooses the best one
-        self.watched = ({} if validation is None else {"": validation}) | settings.report
+        self.watched = ({} if validation is None else {None: validation}) | settings.report
         self.phases, self.settings = phases, settings
         self.progress = Bar(progress if distributed.rank() == 0 else False)
         # what acts once an update: the objective, and the way in which the model is adapted
         acting: tuple[Any, ...] = (objective, getattr(model, "adaptation", None))
-        self.penalties, self.before_update, self.after_update = (
-            [getattr(part, name) for part in acting if hasattr(part, name)]
-            for name in ("penalty", "before", "updated")
-        )
+        self.penalties = [part.penalty for part in acting if hasattr(part, "penalty")]
+        self.before_update = [part.before for part in acting if hasattr(part, "before")]
+        self.after_update = [part.updated for part in acting if hasattr(part, "updated")]
         # of several ranks: how they train this phase
         self.parallel: distributed.Replicas | distributed.Shards | None = None
         self.autocast = devices.autocast(settings.device, settings.precision)
@@ -204,12 +203,10 @@ class Training:
 
         about = f"{self.settings.precision} {device.type}"
         features = cache.cached(prefix, self.source, compute, about, seed, augmented=True)
-        self.train, seconds = features, features.seconds
-        for name, source in self.watched.items():
-            self.seen[name] = features = cache.cached(prefix, source, compute, about)
-            seconds += features.seconds
+        seen = {n: cache.cached(prefix, part, compute, about) for n, part in self.watched.items()}
+        self.train, self.seen = features, {**seen}
         if self.state.update == 0:  # counted once, as measured when they were computed
-            self.state.feature_seconds += seconds
+            self.state.feature_seconds += sum(p.seconds for p in (features, *seen.values()))
 
     def _wrap(self) -> None:
         # Training may call another form of the model, evaluation calls the plain one.
@@ -280,7 +277,7 @@ class Training:
             what = (self.objective, objective.outputs, self.metrics, self.plain, where)
             with self._averaged():
                 found = getattr(self.watched[name], "scores", evaluation.scores)(*what)
-            row |= {f"{name} {key}".strip(): value for key, value in found.items()}
+            row |= {key if name is None else f"{name} {key}": v for key, v in found.items()}
         if self.scaler is not None:
             first = state.total - math.ceil(state.batch / _share(settings))
             row["skipped"] = sum(update >= first for update in state.skipped)
@@ -343,12 +340,10 @@ class Training:
         if parallel is not None:
             counts = distributed.counts(self.objective, micro, self.idle, device)
         elif len(micro) > 1:
-            # The divisor of the whole step, known before the first backward: so each micro-batch
-            # adds its share of the one mean, whatever the sizes.
+            # the divisor of the whole step, so that each micro-batch adds its share of one mean
             counts = tuple(map(sum, zip(*map(self.objective.counts, micro), strict=True)))
         for part, batch in enumerate(micro):
-            # the negative number keeps it apart from the augmentation of any item
-            place = part * settings.ranks + settings.rank
+            place = part * settings.ranks + settings.rank  # below 0: apart from what items draw
             devices.seed_dropout(device, data.mix(settings.seed, state.total, -1 - place))
             with self.autocast():
                 if parallel is None:
@@ -663,8 +658,8 @@ class Run:
 
     def plot(self) -> Any:
         """A matplotlib figure of losses and metrics over the epochs, phases divided by lines."""
-        names = [metric.__name__ for metric in self.metrics]
-        return curves(self.history, names, self._state.starts)
+        names = [*(metric.__name__ for metric in self.metrics), self.settings.monitor]
+        return curves(self.history, [n for n in names if n != "loss"], self._state.starts)
 
     def replay(self, step: int) -> Update:
         """What an update saw, drawn again: its batches, augmented as then, and its learning rate.
@@ -711,10 +706,10 @@ def fit(
     monitor: str | None = None, patience: int | None = None, batch_size: int = 32,
     accumulate: int = 1, precision: str = "auto", clip: float | None = 1.0,
     ema: float | None = None, seed: int = 0, restore: str = "best",
-    directory: str | Path | None = None, save_every: float = 60.0, workers: int = 0,
+    report: Mapping[str, Any] | None = None, directory: str | Path | None = None,
+    save_every: float = 60.0, workers: int = 0, progress: bool | None = None,
     compile: bool | str | Callable[..., Any] = False, recompute: bool = False,
-    progress: bool | None = None, device: str | torch.device = "auto", parallel: str | None = None,
-    report: Mapping[str, Any] | None = None,
+    device: str | torch.device = "auto", parallel: str | None = None,
 ) -> Run:  # fmt: skip
     """Train a model by a plan of phases. It is changed in place and ends in eval mode.
 
@@ -723,24 +718,22 @@ def fit(
 
     Args:
         objective: what is minimised, such as `classification()`.
-        train, validation: what `predict` accepts; validation is scored after each epoch. Without
-            labels it is `unlabelled(target)`.
+        train, validation: what `predict` accepts; validation (or `unlabelled`) is scored per epoch.
         plan: phases, such as `[linear_probe(1), finetune(3)]`.
         metrics, monitor: functions of logits and labels; the name of the one (the first), or
             "loss", that chooses the best epoch.
         patience: epochs of a phase without improvement on its own best after which it ends.
         batch_size, accumulate: items in a batch, and batches in an update (on each of several
             ranks: an update of N ranks sees N times as many).
-        precision: "fp32", "bf16", "fp16", or "auto": see `devices.resolve_precision`. The weights
-            stay in float32. In fp16 an update whose gradient overflows is skipped, and the history
-            says how many were: see `devices.Scaler`.
+        precision: "fp32", "bf16", "fp16", or "auto": see `devices.resolve_precision`. Weights stay
+            in float32. In fp16 an update whose gradient overflows is skipped: see `devices.Scaler`.
         clip: the largest norm of the gradient.
         ema: the decay, such as 0.999, of a moving average of the trained weights that is evaluated,
-            and with which each phase ends, in place of the weights: see `optim.Average`. Buffers,
-            such as the statistics of BatchNorm, are not averaged.
-        restore: "best" gives the model, at the end of each phase, the weights of the best epoch of
-            the run so far, so that the next phase starts from these and one that only does harm is
-            undone; "last" leaves those of the last epoch.
+            and with which each phase ends, in place of the weights, not buffers: `optim.Average`.
+        restore: "best" gives the model, at the end of each phase, the weights of the run's best
+            epoch so far, so that a phase that only does harm is undone; "last" leaves the last.
+        report: more labelled data by name, such as `{"target": data}`, scored after each epoch.
+            That only goes into the history, as "target accuracy": nothing is chosen by it.
         directory, save_every: where to keep the state, and to go on from if it is there; how many
             seconds pass between two states within an epoch. On a GPU the run that goes on is the
             same bit for bit with `torch.use_deterministic_algorithms(True)`.
@@ -752,8 +745,6 @@ def fit(
         progress: whether to show a bar; by default where somebody looks.
         parallel: with several ranks, "ddp" (the default) keeps the whole model on each, "fsdp"
             divides weights, gradients and moments among them; a single process needs neither.
-        report: more labelled data by name, such as `{"target": data}`, scored after each epoch.
-            That only goes into the history, as "target accuracy": nothing is chosen by it.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names the remedy.
@@ -792,6 +783,7 @@ def _prepare(
         patience=(limits[1], "at least 1, or None"),
         ema=(given.ema is None or 0 < given.ema < 1, "a number in (0, 1) such as 0.999, or None"),
         restore=(given.restore in ("best", "last"), "'best' or 'last'"),
+        report=(isinstance(given.report or {}, Mapping), 'data by name, as {"target": data}'),
         monitor=(given.monitor in known, f"one of {known}, or add the metric to metrics=[...]"),
         parallel=(given.parallel in (None, "ddp", "fsdp"), "None, 'ddp' or 'fsdp'"),
     )

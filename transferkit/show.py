@@ -227,6 +227,9 @@ def _results(result: Mapping[str, Any]) -> list[str]:
         return []
     epoch, phase = best.pop("epoch"), best.pop("phase")
     best.pop("seconds", None)
-    where = "validation data, but for train_loss" if "loss" in best else "training data"
+    scored = best.keys() - {"train_loss", "skipped"}
+    where = "validation data, but for train_loss" if scored else "training data"
+    if any(" " in name for name in scored):
+        where += " and for what names other data"
     lines = [f"Epoch {epoch}, in the phase `{phase}`, on the {where}:", ""]
     return lines + [f"- {name}: {_cell(value)}" for name, value in best.items()]

@@ -115,7 +115,10 @@ def sides(batch: Batch) -> tuple[Any, Any] | None:
 
 
 def stacked(parts: Sequence[Any], padding: int = 0) -> Any:
-    """Inputs of several batches as those of one; texts are padded to the longest of all.
+    """Inputs of several batches as those of one; tokens are padded to the longest of all.
+
+    Raises:
+        ValueError: the items differ in shape, and are no tokens.
 
     Example:
         >>> parts = [{"input_ids": torch.ones(1, size, dtype=torch.long)} for size in (2, 3)]
@@ -126,15 +129,16 @@ def stacked(parts: Sequence[Any], padding: int = 0) -> Any:
     if not isinstance(parts[0], Tensor):
         names, pads = list(parts[0]), {"input_ids": padding}
         return {name: stacked([part[name] for part in parts], pads.get(name, 0)) for name in names}
-    if len({part.shape[1:] for part in parts}) > 1:
+    shapes = sorted({tuple(part.shape[1:]) for part in parts})
+    if len(shapes) > 1:
+        if any(part.dim() != 2 or part.is_floating_point() for part in parts):
+            raise ValueError(
+                f"the items are of the shapes {shapes[0]} and {shapes[1]}, but one shape is "
+                "expected of all: prepare source and target in the same way"
+            )
         longest = max(part.shape[1] for part in parts)
-        parts = [_longer(part, longest, padding) for part in parts]
+        parts = [F.pad(part, (0, longest - part.shape[1]), value=padding) for part in parts]
     return torch.cat(list(parts))
-
-
-def _longer(part: Tensor, longest: int, padding: int) -> Tensor:
-    fill = (0, 0) * (part.dim() - 2)
-    return F.pad(part, (*fill, 0, longest - part.shape[1]), value=padding)
 
 
 # ---- choosing an epoch without labels -----------------------------------------------------------
@@ -408,7 +412,8 @@ def self_training(
     source, target = as_source(source, model), as_source(target, model)
     runs: list[engine.Run] = []
     for number in range(rounds + 1):
-        sure = [pseudo_labels(model, target, threshold)] if number else []
+        precision = settings.get("precision", "auto")
+        sure = [pseudo_labels(model, target, threshold, precision=precision)] if number else []
         given = Joined(source, *sure) if sure else source
         folder = None if directory is None else Path(directory) / f"round {number}"
         runs.append(engine.fit(model, objective, given, validation, directory=folder, **settings))

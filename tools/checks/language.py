@@ -25,7 +25,7 @@ focuses focusing judgment judgments license licensed licenses licensing math met
 overwritable program programs refocused refocuses refocusing routing story writable
 """
 # Words of the field and names that the dictionaries take for slips.
-KNOWN = "ans,fo,fpr,hist,inout,mape,nd,ot,som,te"
+KNOWN = "ans,fo,fpr,hist,inout,mape,nce,nd,ot,som,te"
 
 
 def sources(book: Book) -> list[Path]:
