@@ -8,10 +8,10 @@ QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false TRANSFERKIT_PROGRESS=0
 PYTEST := $(QUIET) $(RUN) -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lab serve full bench gpu peers diagrams lint lock clean
+.PHONY: help setup book test lab serve full elsewhere bench gpu peers diagrams lint lock clean
 
 help:  ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 	@echo "  PYTHON=python3.12 makes .venv with that Python."
 
 setup:  ## make .venv and fetch the data sets and models (part of all below)
@@ -36,6 +36,9 @@ serve: book  ## serve the book to this machine; to the local network with SHARE=
 full: setup  ## run one lab at full size and record it: LAB=part/name
 	@test -n "$(LAB)" || { echo "make full: name the lab, LAB=part/name"; exit 2; }
 	@$(RUN) -m tools.execute --profile full $(LAB)
+
+elsewhere: setup  ## ask the claims of labs with the arithmetic of another processor: LAB=part/name
+	@$(QUIET) $(RUN) -m tools.elsewhere $(LAB)
 
 bench: setup  ## measure training beside other libraries: an hour, on an idle machine
 	@$(PYTHON) -m benchmarks.peers.environment

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 
 from tools import api, benchmarks, equations, labs, peers
@@ -55,6 +57,25 @@ def _rows(kind: str, claims: dict[str, dict]) -> str:
     return "\n".join(rows)
 
 
+ERRATUM = re.compile(r"^\(err-(s\d)-[a-z0-9-]+\)=\n### .*\n% evidence: (\w+)", re.MULTILINE)
+EVIDENCE = ("run", "argument", "reference")
+
+
+def errata_counts(book: labs.Book) -> str:
+    """Return how many errata of each article rest on which evidence, counted on their page."""
+    page = (book.root / "book/appendix/errata.md").read_text("utf-8")
+    found = Counter(ERRATUM.findall(page))
+    articles = sorted({article for article, _ in found})
+    rows = ["| Article | Run | Argument | Reference | All |", "|---|--:|--:|--:|--:|"]
+    for article in articles:
+        numbers = [found[article, kind] for kind in EVIDENCE]
+        cells = [f"{{ref}}`{article.upper()} <errata-{article}>`", *numbers, sum(numbers)]
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    sums = [sum(found[article, kind] for article in articles) for kind in EVIDENCE]
+    rows.append(f"| {' | '.join(f'**{cell}**' for cell in ('All', *sums, sum(sums)))} |")
+    return "\n".join(rows)
+
+
 def asset_cards(_book: labs.Book) -> str:
     """Return a section for each asset of the manifest: what it is, whose, and from where."""
     manifest = tomllib.loads((labs.ROOT / "transferkit" / "assets.toml").read_text("utf-8"))
@@ -98,6 +119,7 @@ TABLES: dict[str, Callable[[labs.Book], str]] = {
     "claims-table": claims_table,
     "recorded-table": recorded_table,
     "equations-table": equations.table,
+    "errata-counts": errata_counts,
     "asset-cards": asset_cards,
     "api-reference": api_reference,
     "peer-laws-table": peers.laws_table,

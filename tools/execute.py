@@ -48,6 +48,7 @@ class Job:
     key: str
     work: Path
     expected: float
+    variables: dict[str, str] = field(default_factory=dict)  # of its environment, beside the usual
     process: subprocess.Popen | None = None
     begun: float = field(default_factory=time.monotonic)
 
@@ -196,7 +197,7 @@ def environment(job: Job) -> dict[str, str]:
         found |= {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
     else:
         found |= {n: "1" for n in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    return found
+    return found | job.variables
 
 
 def _ended(job: Job) -> bool:
@@ -250,14 +251,18 @@ def _record(lab: labs.Lab, notebook: dict, run: dict) -> None:
     print(f"recorded {len(claims)} claims in {lab.book.relative(lab.record)}")
 
 
-def rehearse(lab: labs.Lab, profile: str = "smoke") -> dict:
-    """Run one lab and return its executed notebook without keeping anything.
+def rehearse(
+    lab: labs.Lab, profile: str = "smoke", variables: dict[str, str] | None = None
+) -> dict:
+    """Run one lab, with some `variables` of its environment, and return its executed notebook.
+
+    Nothing is kept.
 
     Raises:
         LabError: the lab failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        job = _start(Job(lab, profile, "", Path(folder) / "run", GUESS))
+        job = _start(Job(lab, profile, "", Path(folder) / "run", GUESS, variables or {}))
         try:
             job.process.wait()
         finally:

@@ -12,6 +12,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _MODULES = (
+    "adapt",
+    "apply",
     "assets",
     "backbones",
     "cache",
@@ -21,6 +23,7 @@ _MODULES = (
     "data",
     "datasets",
     "devices",
+    "discrepancy",
     "distributed",
     "engine",
     "evaluation",
@@ -37,6 +40,7 @@ _MODULES = (
     "profiles",
     "regularised",
     "show",
+    "target",
     "transferability",
     "vectors",
 )
@@ -86,6 +90,26 @@ _NAMES = {
     "distillation": "regularised",
     "l2_sp": "regularised",
     "adversarial": "regularised",
+    # adaptation to a target without labels
+    "pair": "target",
+    "unlabelled": "target",
+    "pseudo_labels": "target",
+    "joined": "target",
+    "self_training": "target",
+    "dann": "adapt",
+    "cdan": "adapt",
+    "align": "adapt",
+    "confusion": "adapt",
+    "ramp": "adapt",
+    "grad_reverse": "adapt",
+    "with_discriminator": "adapt",
+    "without_discriminator": "adapt",
+    "adabn": "adapt",
+    # how far apart source and target are
+    "mmd": "discrepancy",
+    "coral": "discrepancy",
+    "wasserstein": "discrepancy",
+    "proxy_a_distance": "discrepancy",
     # metrics
     "accuracy": "metrics",
     "balanced_accuracy": "metrics",

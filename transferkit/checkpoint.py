@@ -26,10 +26,8 @@ from transferkit import __version__, distributed, optim, show
 from transferkit.data import content_hash
 
 FORMAT = 2
-LOADERS = (  # a file must not choose what code runs
-    "transferkit.models.load",
-    "transferkit.peft.rebuild",
-)
+# a file must not choose what code runs
+LOADERS = ("transferkit.models.load", "transferkit.peft.rebuild", "transferkit.adapt.rebuild")
 LAST = "last.safetensors"
 
 

@@ -13,11 +13,12 @@ import hashlib
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from transferkit import assets, claims
-from transferkit.corpora import RECIPES, Column, Recipe, Table
+from transferkit.corpora import RECIPES, Column, Recipe, Table, read_csv
 
 
 def fraction(text: str) -> float:
@@ -161,11 +162,11 @@ class Split:
 class Dataset:
     """A data set with its card and its fixed splits."""
 
-    def __init__(self, name: str, table: Table, recipe: Recipe):
+    def __init__(self, name: str, table: Table, recipe: Recipe, texts: Mapping):
         self.name, self.labels = name, list(recipe.labels)
         self.feature_names = list(table.feature_names)
         self._table, self._parts = table, _parts(table.keys, recipe)
-        self.card = _card(name, table, recipe, self._parts)
+        self.card = _card(name, table, recipe, self._parts, texts)
 
     def _split(self, part: str) -> Split:
         return Split(self._table, np.flatnonzero(self._parts == part), f"{self.name}/{part}")
@@ -238,13 +239,62 @@ def load(name: str) -> Dataset:
     if name not in RECIPES:
         raise ValueError(f"no data set is called {name!r}: {assets.nearest(name, RECIPES)}")
     recipe = RECIPES[name]
-    return Dataset(name, recipe.read(), recipe)
-
-
-def _card(name: str, table: Table, recipe: Recipe, parts: np.ndarray) -> DataCard:
     texts = dict(assets.manifest()["cards"][name])
     if name in assets.names("data set"):
         texts |= _provenance(name)
+    return Dataset(name, recipe.read(), recipe, texts)
+
+
+def from_csv(
+    path: str | Path, text: str = "text", label: str = "label", group: str | None = None
+) -> Dataset:
+    """Your own labelled texts, with repetitions and contradictions removed, then split by hash.
+
+    The file is UTF-8 with a line of column names. Texts that differ in punctuation or case alone
+    count as one; texts that stand there with two labels are dropped.
+
+    Args:
+        text, label: names of the columns.
+        group: name of a column whose rows must stay on one side of the split, such as the writer.
+
+    Returns:
+        A data set as `load` returns it. The labels are sorted by name.
+
+    Raises:
+        ValueError: a column is missing, a field is empty, a label occurs only in some of train,
+            validation and test, or the text is not UTF-8.
+
+    Example:
+        >>> from pathlib import Path
+        >>> rows = [f"text {i},{'good' if i % 2 else 'bad'}" for i in range(60)]
+        >>> _ = Path("mine.csv").write_text("\\n".join(["text,label", *rows, rows[0]]))
+        >>> mine = tk.datasets.from_csv("mine.csv")
+        >>> mine, mine.labels
+        (Dataset(mine: train 39, validation 9, test 12), ['bad', 'good'])
+    """
+    path = Path(path)
+    table, labels = read_csv(path, text, label, group)
+    unit = "the text's letters and digits" if group is None else f"the column {group!r}"
+    recipe = Recipe(lambda: table, labels, unit)
+    texts = {
+        "title": "your own texts", "source": str(path), "licence": "yours to know",
+        "declared": "nothing", "origin": "yours to know", "citation": "none",
+        "fields": {"text": f"the column {text!r}", "labels": f"the column {label!r}"},
+        "problems": ["{repeated} rows repeat another, {conflicts} texts have two labels: removed."],
+    }  # fmt: skip
+    found = Dataset(path.stem, table, recipe, texts)
+    for part in _PARTS:
+        held = np.bincount(table.labels[found._parts == part], minlength=len(labels))
+        if not held.all():
+            raise ValueError(
+                f"{path}: no row labelled {labels[held.argmin()]!r} falls into {part}: give more "
+                "rows of each label"
+            )
+    return found
+
+
+def _card(name: str, table: Table, recipe: Recipe, parts: np.ndarray, texts: Mapping) -> DataCard:
+    texts = dict(texts)
     problems = [text.format(**table.counts) for text in texts.pop("problems")]
     sizes = ", ".join(f"{part} {np.sum(parts == part):,}" for part in _PARTS)
     shares = "/".join(f"{100 * s:.0f}" for s in (*recipe.shares, 1 - sum(recipe.shares)))

@@ -67,6 +67,7 @@ class Tokenizer:
     """
 
     pad_token_id = 1
+    unk_token_id = _UNKNOWN
 
     def __init__(self, inner: Callable):
         self._inner = inner

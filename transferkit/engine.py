@@ -32,7 +32,7 @@ from transferkit.evaluation import Metric, Predictions
 from transferkit.objectives import Loss, Number, as_numbers, mean_of_sums
 from transferkit.objectives import check as check_parts
 from transferkit.plan import Phase, Stopping, begin, check
-from transferkit.show import Bar, Table, curves
+from transferkit.show import Bar, Table, choices, curves
 
 _LOOK_EVERY = 50  # updates between two looks at the losses: each look waits for the device
 _SMALLEST_SCALE = 2.0**-20  # of the loss in fp16: 36 updates have been skipped in a row
@@ -85,16 +85,20 @@ class Training:
     ):  # fmt: skip
         self.model, self.objective, self.metrics = model, objective, metrics
         self.source, self.held_out = train, validation
+        # what is scored after each epoch; only what has no name chooses the best one
+        self.watched = ({} if validation is None else {None: validation}) | settings.report
         self.phases, self.settings = phases, settings
         self.progress = Bar(progress if distributed.rank() == 0 else False)
         # what acts once an update: the objective, and the way in which the model is adapted
         acting: tuple[Any, ...] = (objective, getattr(model, "adaptation", None))
         self.penalties = [part.penalty for part in acting if hasattr(part, "penalty")]
+        self.before_update = [part.before for part in acting if hasattr(part, "before")]
         self.after_update = [part.updated for part in acting if hasattr(part, "updated")]
         # of several ranks: how they train this phase
         self.parallel: distributed.Replicas | distributed.Shards | None = None
         self.autocast = devices.autocast(settings.device, settings.precision)
         higher = {m.__name__: getattr(m, "higher_is_better", True) for m in metrics}
+        higher |= getattr(validation, "monitors", {})
         self.stopping = Stopping(higher.get(settings.monitor, False), settings.patience)
         self.allowed = {n for n, p in model.named_parameters() if p.requires_grad}
         self.state, self.save_cost = State(), 0.0
@@ -134,7 +138,7 @@ class Training:
         self.optimizer = begin(phase, self.model, self.allowed)
         layers.apply_modes(self.model)
         self.parameters = optim.named(self.optimizer)
-        self.live, self.train, self.validation = self.model, self.source, self.held_out
+        self.live, self.train, self.seen = self.model, self.source, dict(self.watched)
         self.penalty: distributed.Penalty | None = self._penalty if self.penalties else None
         if phase.cache:
             self._attach_cache()
@@ -199,12 +203,10 @@ class Training:
 
         about = f"{self.settings.precision} {device.type}"
         features = cache.cached(prefix, self.source, compute, about, seed, augmented=True)
-        self.train, seconds = features, features.seconds
-        if self.held_out is not None:
-            features = cache.cached(prefix, self.held_out, compute, about)
-            self.validation, seconds = features, seconds + features.seconds
+        seen = {n: cache.cached(prefix, part, compute, about) for n, part in self.watched.items()}
+        self.train, self.seen = features, {**seen}
         if self.state.update == 0:  # counted once, as measured when they were computed
-            self.state.feature_seconds += seconds
+            self.state.feature_seconds += sum(p.seconds for p in (features, *seen.values()))
 
     def _wrap(self) -> None:
         # Training may call another form of the model, evaluation calls the plain one.
@@ -268,13 +270,14 @@ class Training:
         self._look()
         row: dict[str, Any] = {"epoch": state.epoch + 1, "phase": self.phase.name}
         row["train_loss"] = mean_of_sums(state.weights, state.sums)
-        if self.validation is not None:
-            objective = self.objective if self.parallel is None else self.parallel
+        objective = self.objective if self.parallel is None else self.parallel
+        for name, source in self.seen.items():
             size = max(64, settings.batch_size)
-            where = evaluation.Where(self.validation, size, self.autocast, settings.device)
+            where = evaluation.Where(source, size, self.autocast, settings.device)
             what = (self.objective, objective.outputs, self.metrics, self.plain, where)
             with self._averaged():
-                row |= evaluation.scores(*what)
+                found = getattr(self.watched[name], "scores", evaluation.scores)(*what)
+            row |= {key if name is None else f"{name} {key}": v for key, v in found.items()}
         if self.scaler is not None:
             first = state.total - math.ceil(state.batch / _share(settings))
             row["skipped"] = sum(update >= first for update in state.skipped)
@@ -311,7 +314,7 @@ class Training:
         state.epoch, state.phase_epoch = state.epoch + 1, state.phase_epoch + 1
         state.batch, state.sums, state.seconds = 0, [], 0.0
         self.started = time.monotonic()
-        if self.validation is not None and self.stopping.observe(row[self.settings.monitor]):
+        if self.held_out is not None and self.stopping.observe(row[self.settings.monitor]):
             state.best = row
             if self.settings.restore == "best":
                 found = self._moving() | (self.average.tensors if self.average else {})
@@ -328,6 +331,8 @@ class Training:
         counts: tuple[Number, ...] | None = None
         rates = self._factor(state.update) if scaler is None else scaler.factor(state.update)
         optim.set_rates(self.optimizer, rates)
+        for before in self.before_update:
+            before(state.update, self.updates)
         micro = [batch.to(device) for batch in micro]
         if settings.compile:
             for batch in micro:
@@ -335,12 +340,10 @@ class Training:
         if parallel is not None:
             counts = distributed.counts(self.objective, micro, self.idle, device)
         elif len(micro) > 1:
-            # The divisor of the whole step, known before the first backward: so each micro-batch
-            # adds its share of the one mean, whatever the sizes.
+            # the divisor of the whole step, so that each micro-batch adds its share of one mean
             counts = tuple(map(sum, zip(*map(self.objective.counts, micro), strict=True)))
         for part, batch in enumerate(micro):
-            # the negative number keeps it apart from the augmentation of any item
-            place = part * settings.ranks + settings.rank
+            place = part * settings.ranks + settings.rank  # below 0: apart from what items draw
             devices.seed_dropout(device, data.mix(settings.seed, state.total, -1 - place))
             with self.autocast():
                 if parallel is None:
@@ -646,13 +649,17 @@ class Run:
         return f"Run of {len(self.history)} epochs, {self.seconds:.1f} s\n{self.table()}"
 
     def table(self) -> Table:
-        """The history, which prints as a table."""
-        return Table(self.history)
+        """The history, which prints as a table; with `report=` three epochs of it.
+
+        These are the one that was chosen, the last, and the oracle: the best one by the first
+        metric (or the loss) on the data that `report` names last, which nothing else looks at.
+        """
+        return choices(self.history, self.best, self.settings.report, self.metrics)
 
     def plot(self) -> Any:
         """A matplotlib figure of losses and metrics over the epochs, phases divided by lines."""
-        names = [metric.__name__ for metric in self.metrics]
-        return curves(self.history, names, self._state.starts)
+        names = [*(metric.__name__ for metric in self.metrics), self.settings.monitor]
+        return curves(self.history, [n for n in names if n != "loss"], self._state.starts)
 
     def replay(self, step: int) -> Update:
         """What an update saw, drawn again: its batches, augmented as then, and its learning rate.
@@ -699,9 +706,10 @@ def fit(
     monitor: str | None = None, patience: int | None = None, batch_size: int = 32,
     accumulate: int = 1, precision: str = "auto", clip: float | None = 1.0,
     ema: float | None = None, seed: int = 0, restore: str = "best",
-    directory: str | Path | None = None, save_every: float = 60.0, workers: int = 0,
+    report: Mapping[str, Any] | None = None, directory: str | Path | None = None,
+    save_every: float = 60.0, workers: int = 0, progress: bool | None = None,
     compile: bool | str | Callable[..., Any] = False, recompute: bool = False,
-    progress: bool | None = None, device: str | torch.device = "auto", parallel: str | None = None,
+    device: str | torch.device = "auto", parallel: str | None = None,
 ) -> Run:  # fmt: skip
     """Train a model by a plan of phases. It is changed in place and ends in eval mode.
 
@@ -710,23 +718,22 @@ def fit(
 
     Args:
         objective: what is minimised, such as `classification()`.
-        train, validation: what `predict` accepts; validation is scored after each epoch.
+        train, validation: what `predict` accepts; validation (or `unlabelled`) is scored per epoch.
         plan: phases, such as `[linear_probe(1), finetune(3)]`.
         metrics, monitor: functions of logits and labels; the name of the one (the first), or
             "loss", that chooses the best epoch.
         patience: epochs of a phase without improvement on its own best after which it ends.
         batch_size, accumulate: items in a batch, and batches in an update (on each of several
             ranks: an update of N ranks sees N times as many).
-        precision: "fp32", "bf16", "fp16", or "auto": see `devices.resolve_precision`. The weights
-            stay in float32. In fp16 an update whose gradient overflows is skipped, and the history
-            says how many were: see `devices.Scaler`.
+        precision: "fp32", "bf16", "fp16", or "auto": see `devices.resolve_precision`. Weights stay
+            in float32. In fp16 an update whose gradient overflows is skipped: see `devices.Scaler`.
         clip: the largest norm of the gradient.
         ema: the decay, such as 0.999, of a moving average of the trained weights that is evaluated,
-            and with which each phase ends, in place of the weights: see `optim.Average`. Buffers,
-            such as the statistics of BatchNorm, are not averaged.
-        restore: "best" gives the model, at the end of each phase, the weights of the best epoch of
-            the run so far, so that the next phase starts from these and one that only does harm is
-            undone; "last" leaves those of the last epoch.
+            and with which each phase ends, in place of the weights, not buffers: `optim.Average`.
+        restore: "best" gives the model, at the end of each phase, the weights of the run's best
+            epoch so far, so that a phase that only does harm is undone; "last" leaves the last.
+        report: more labelled data by name, such as `{"target": data}`, scored after each epoch.
+            That only goes into the history, as "target accuracy": nothing is chosen by it.
         directory, save_every: where to keep the state, and to go on from if it is there; how many
             seconds pass between two states within an epoch. On a GPU the run that goes on is the
             same bit for bit with `torch.use_deterministic_algorithms(True)`.
@@ -761,7 +768,7 @@ def _prepare(
 ) -> Training:  # fmt: skip
     check_parts(model, objective)
     phases, metrics, given = check(plan, model), functions(metrics), SimpleNamespace(**settings)
-    known = [*(metric.__name__ for metric in metrics), "loss"]
+    known = [*getattr(validation, "monitors", [*(metric.__name__ for metric in metrics), "loss"])]
     given.monitor = known[0] if given.monitor is None else given.monitor
     limits = (given.clip is None or (real(given.clip) and given.clip > 0),
               given.patience is None or whole(given.patience))  # fmt: skip
@@ -776,6 +783,7 @@ def _prepare(
         patience=(limits[1], "at least 1, or None"),
         ema=(given.ema is None or 0 < given.ema < 1, "a number in (0, 1) such as 0.999, or None"),
         restore=(given.restore in ("best", "last"), "'best' or 'last'"),
+        report=(isinstance(given.report or {}, Mapping), 'data by name, as {"target": data}'),
         monitor=(given.monitor in known, f"one of {known}, or add the metric to metrics=[...]"),
         parallel=(given.parallel in (None, "ddp", "fsdp"), "None, 'ddp' or 'fsdp'"),
     )
@@ -803,10 +811,11 @@ def _prepare(
     given.directory = given.directory and Path(given.directory)
     train = data.as_source(train, model.to(given.device))
     validation = None if validation is None else data.as_source(validation, model)
+    given.report = {k: data.as_source(part, model) for k, part in (given.report or {}).items()}
     if given.compile:
         _rounded(train)
     width = _width(model, objective, train, given)
-    for source in (train, validation):
+    for source in (train, validation, *given.report.values()):
         if source is not None and source.labels is not None and hasattr(objective, "validate"):
             objective.validate(source.labels, width)
     return Training(model, objective, train, validation, phases, metrics, given, progress)

@@ -127,7 +127,8 @@ def evaluate(
     """
     check(model, objective)
     where = _where(model, data, batch_size, precision, device)
-    return scores(objective, objective.outputs, functions(metrics), model, where)
+    what = (objective, objective.outputs, functions(metrics), model, where)
+    return getattr(where.source, "scores", scores)(*what)
 
 
 class Where(NamedTuple):

@@ -252,7 +252,8 @@ def _minilm(options: dict, max_length: int) -> Parts:
     weights = paths["weights"] if options["pretrained"] else None
     model = bert({key: config[key] for key in wanted}, weights)
     stages = text_stages(model, options["layers"], "minilm-l6")
-    tokenizer = tokenizer_from(paths["tokenizer"], "[PAD]", config["max_position_embeddings"])
+    longest = config["max_position_embeddings"]
+    tokenizer = tokenizer_from(paths["tokenizer"], "[PAD]", "[UNK]", longest)
     sha256 = assets.describe("minilm-l6")["files"]["weights"]["sha256"]
     return Parts(stages, config["hidden_size"], text_inputs(tokenizer, max_length), sha256)
 
@@ -261,7 +262,7 @@ def _e5(options: dict, max_length: int, vocabulary: Iterable | None) -> Parts:
     weights = e5.weights_file() if options["pretrained"] else None
     longest = e5.config()["max_position_embeddings"]
     tokenizer = e5.Tokenizer(
-        tokenizer_from(assets.files("e5-small")["tokenizer"], "<pad>", longest)
+        tokenizer_from(assets.files("e5-small")["tokenizer"], "<pad>", "<unk>", longest)
     )
     rows = None
     if vocabulary is not None:
@@ -275,12 +276,12 @@ def _e5(options: dict, max_length: int, vocabulary: Iterable | None) -> Parts:
 
 
 @functools.lru_cache(maxsize=2)
-def tokenizer_from(path: Path, pad: str, longest: int):
+def tokenizer_from(path: Path, pad: str, unknown: str, longest: int):
     """A transformers tokenizer from one ``tokenizer.json``, read once: e5-small's has 17 MB."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_file=str(path), pad_token=pad, model_max_length=longest,
+        tokenizer_file=str(path), pad_token=pad, unk_token=unknown, model_max_length=longest,
         model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
 

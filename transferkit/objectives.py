@@ -231,7 +231,9 @@ def _misfit(model: nn.Module, inputs: Tensor | Mapping[str, Any], error: Excepti
     weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     types = {part.dtype for part in parts.values() if isinstance(part, Tensor)}
     remedy = "give items of the shape and type that the model was made for"
-    if "more than 1 value per channel" in said:
+    if not single and {name.split(" ")[0] for name in inputs} == {"source", "target"}:
+        remedy = "pairs are for adaptation: pass tk.dann(), tk.align(tk.mmd) or another"
+    elif "more than 1 value per channel" in said:
         remedy = "BatchNorm cannot train on one item: raise batch_size, or freeze its layer group"
     elif "index out of range" in said:
         remedy = "a number is outside the model's vocabulary: use the tokenizer made for it"

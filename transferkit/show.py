@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -39,6 +39,28 @@ def _cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def choices(
+    history: Sequence[dict[str, Any]], best: Mapping[str, Any] | None, report: Mapping[str, Any],
+    metrics: Sequence[Callable[..., float]],
+) -> Table:  # fmt: skip
+    """The history as a table or, if something was reported, its chosen, last and oracle epochs.
+
+    Args:
+        report: what was reported, by name; the oracle is the best epoch on the last one.
+        metrics: the first one says which epoch is the best, else the loss.
+    """
+    if not report or not history or best is None:
+        return Table(history)
+    name = metrics[0].__name__ if metrics else "loss"
+    higher = bool(metrics) and getattr(metrics[0], "higher_is_better", True)
+    key = f"{list(report)[-1]} {name}"
+    known = [row for row in history if math.isfinite(row.get(key, math.nan))]
+    rows = {"chosen": best, "last": history[-1]}
+    if known:
+        rows["oracle"] = (max if higher else min)(known, key=lambda row: row[key])
+    return Table({"": which, **row} for which, row in rows.items())
 
 
 class Bar:
@@ -205,6 +227,9 @@ def _results(result: Mapping[str, Any]) -> list[str]:
         return []
     epoch, phase = best.pop("epoch"), best.pop("phase")
     best.pop("seconds", None)
-    where = "validation data, but for train_loss" if "loss" in best else "training data"
+    scored = best.keys() - {"train_loss", "skipped"}
+    where = "validation data, but for train_loss" if scored else "training data"
+    if any(" " in name for name in scored):
+        where += " and for what names other data"
     lines = [f"Epoch {epoch}, in the phase `{phase}`, on the {where}:", ""]
     return lines + [f"- {name}: {_cell(value)}" for name, value in best.items()]

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from tools import appendix, labs
+
 HERE = Path(__file__).resolve().parent
 BOOK = HERE.parents[1] / "book"
 PAGE = (BOOK / "appendix" / "errata.md").read_text(encoding="utf-8")
 ENTRY = re.compile(
     r"^\((err-s(\d)-[a-z0-9-]+)\)=\n(.*?)(?=^\([a-z]|^## |\Z)", re.DOTALL | re.MULTILINE
 )
-ROW = re.compile(r"^\| (?:\{ref\}`S(\d) [^|]*|\*\*(All)\*\*) ((?:\| \S+ ){4})\|$", re.MULTILINE)
 ERRATA = {match[1]: (int(match[2]), match[3]) for match in ENTRY.finditer(PAGE)}
-KINDS = ("run", "argument", "reference")
+KINDS = appendix.EVIDENCE
 
 
 def evidence(text):
@@ -73,14 +74,7 @@ def test_every_test_of_the_folder_is_the_evidence_of_something():
 
 
 def test_the_table_counts_the_errata():
-    rows = ROW.findall(PAGE)
-    printed = {
-        int(article) if article else all_: [int(n) for n in re.findall(r"\d+", numbers)]
-        for article, all_, numbers in rows
-    }
-    counted = {article: [0] * 4 for article in [*range(5), "All"]}
-    for article, text in ERRATA.values():
-        for row in (article, "All"):
-            counted[row][KINDS.index(evidence(text)[0])] += 1
-            counted[row][3] += 1
-    assert printed == counted
+    *_, last = appendix.errata_counts(labs.Book()).splitlines()
+    kinds = [evidence(text)[0] for _, text in ERRATA.values()]
+    counts = [kinds.count(kind) for kind in KINDS]
+    assert [int(n) for n in re.findall(r"\d+", last)] == [*counts, len(ERRATA)]

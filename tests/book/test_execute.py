@@ -10,7 +10,7 @@ import time
 import pytest
 import tiny
 
-from tools import execute, labs
+from tools import elsewhere, execute, labs
 
 LIGHT = {"profile": "import transferkit as tk"}  # without the seconds that importing torch takes
 
@@ -145,3 +145,26 @@ def test_a_full_run_is_recorded_with_its_machine_and_versions(bare):
 def test_an_unknown_lab_is_named_with_those_that_exist(bare, capsys):
     assert execute.main(["--root", str(bare.root), "smal"]) == 2
     assert "'smal'; those of _toc.yml are: concepts/small" in capsys.readouterr().err
+
+
+MOVES = (
+    "import os\n"
+    "moved = 'ATEN_CPU_CAPABILITY' in os.environ\n"
+    'tk.claim("small.share", 0.795 if moved else 0.75, low=0.7, high={high})\n'
+    'tk.claim("small.count", 41, low=41, high=41)'
+)
+
+
+def test_claims_are_asked_with_the_arithmetic_of_another_processor(bare, capsys):
+    run(bare, claims=MOVES.format(high=0.8))
+    assert elsewhere.main(["--root", str(bare.root)]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "concepts/small: 2 claims hold",
+        "  near an end: small.share 0.75, 0.795 in [0.7, 0.8]",
+    ]
+
+
+def test_a_claim_that_fails_on_another_processor_is_reported(bare, capsys):
+    run(bare, claims=MOVES.format(high=0.78))
+    assert elsewhere.main(["--root", str(bare.root)]) == 1
+    assert "has the value 0.795, but [0.7, 0.78] is expected" in capsys.readouterr().out

@@ -107,6 +107,24 @@ def test_so_does_a_step_on_tokens_and_one_with_a_penalty(monkeypatch):
     assert _steps_away(monkeypatch, model, objective, some_images(8)) == {AWAY}
 
 
+ADAPTED = {
+    "cdan": tk.confusion(tk.cdan(entropy=True)),
+    "mmd": tk.align(tk.mmd, weight=tk.ramp(0, 1)),
+    "coral": tk.align(tk.coral),
+    "wasserstein": tk.align(tk.wasserstein, projections=3),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_so_does_a_step_of_adaptation(name, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # that device has none
+    model = tk.with_discriminator(tiny_encoder(), conditional=True, hidden=8)
+    if name != "cdan":
+        tk.freeze(model, "head.discriminator")
+    pair = tk.pair(some_texts(8), some_texts(8, 1))
+    assert _steps_away(monkeypatch, model, ADAPTED[name], pair) == {AWAY}
+
+
 class OnTheHost(tk.classification):
     """Cross-entropy with a constant that was left on the host."""
 

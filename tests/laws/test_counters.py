@@ -80,6 +80,15 @@ def test_a_step_of_sgd_on_cached_features_reads_nothing_back(monkeypatch):
     assert _host_reads(counts) == NONE
 
 
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("measure", [tk.mmd, tk.coral])
+def test_a_step_of_adaptation_reads_nothing_back(measure, monkeypatch):
+    model = tk.with_discriminator(tiny_encoder(), conditional=True, hidden=8)
+    objective = tk.confusion(tk.align(measure, tk.cdan(entropy=True), weight=tk.ramp(0, 1)))
+    pair = tk.pair(some_texts(24), some_texts(20, 1))
+    assert _host_reads(_counted_steps(model, pair, monkeypatch, objective)) == NONE
+
+
 @pytest.mark.parametrize("name", ["minilm-l6", "e5-small", "efficientnet-lite0"])
 def test_a_step_of_each_shipped_model_reads_nothing_back(name, monkeypatch, shared_assets):
     size = {"size": 32} if "efficientnet" in name else {"max_length": 12}

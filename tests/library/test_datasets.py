@@ -242,6 +242,20 @@ def test_chinese_reviews_are_counted_as_the_card_says():
     assert all(f"{number:,}" in card for number in wanted.values())
 
 
+def test_the_length_of_a_chinese_review_says_as_much_as_the_card_says():
+    counts, right = load("zh-reviews")._table.counts, {}
+    for name in ("books", "hotels", "laptops"):
+        found = [part.select(part["domain"] == name) for part in parts("zh-reviews").values()]
+        labels = np.concatenate([part.labels for part in found])
+        lengths = np.array([len(text) for part in found for text in part["text"]])
+        right[name] = (labels == (lengths > np.median(lengths))).sum() / len(labels)
+        if name == "books":
+            assert counts["books"] == len(labels)
+            assert counts["longer"] == round(right[name] * len(labels))
+    assert right["books"] > 0.85 and abs(right["hotels"] - 0.5) < 0.03 > abs(right["laptops"] - 0.5)
+    assert f"{counts['longer']:,} of the {counts['books']:,}" in str(load("zh-reviews").card)
+
+
 def test_contradictions_are_dropped_from_the_chinese_reviews():
     texts = {text for split in parts("zh-reviews").values() for text in split["text"]}
     assert "只有3个USB" not in texts, "this line stands in both files"
@@ -344,3 +358,56 @@ def test_text_that_is_not_utf8_is_refused_with_file_line_and_remedy(tmp_path, mo
     monkeypatch.setattr(assets, "files", lambda _: found)
     with pytest.raises(ValueError, match=r"neg\.txt, line 2: .* not valid UTF-8.*GB18030"):
         datasets.load("zh-reviews")
+
+
+# ---- a table of one's own -----------------------------------------------------------------------
+
+
+def table(path: Path, rows: list[str], header: str = "text,label") -> Path:
+    path.write_text("\n".join([header, *rows]), encoding="utf-8")
+    return path
+
+
+MANY = [f"{word} number {i},{label}" for i in range(60) for word, label in (("a", "x"), ("b", "y"))]
+
+
+def test_copies_and_contradictions_leave_before_the_split(tmp_path):
+    rows = [*MANY, "A number 3!,x", "b number 4,x"]  # a copy, and a text with two labels
+    mine = datasets.from_csv(table(tmp_path / "mine.csv", rows))
+    kept = [
+        text for part in (mine.train, mine.validation, mine._split("test")) for text in part["text"]
+    ]
+    assert len(kept) == len(set(kept)) == len(MANY) - 1
+    assert "b number 4" not in kept
+    assert "1 rows repeat another, 1 texts have two labels" in str(mine.card)
+
+
+def test_rows_of_one_group_stay_on_one_side_and_labels_are_sorted_by_name(tmp_path):
+    rows = [f"{row},{i % 30}" for i, row in enumerate(MANY)]
+    path = table(tmp_path / "mine.csv", rows, "text,label,writer")
+    mine = datasets.from_csv(path, group="writer")
+    sides = [set(part.keys) for part in (mine.train, mine.validation, mine._split("test"))]
+    assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+    assert mine.labels == ["x", "y"]
+
+
+def test_a_new_row_moves_no_other_row(tmp_path):
+    before = datasets.from_csv(table(tmp_path / "mine.csv", MANY))
+    after = datasets.from_csv(table(tmp_path / "mine.csv", ["new one,x", *MANY]))
+    assert set(before.train["text"]) <= set(after.train["text"]) | {"new one"}
+    assert set(before.validation["text"]) <= set(after.validation["text"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "message"),
+    [
+        (MANY, "review,label", "no column 'text'"),
+        ([], "text,label", "no column 'text'"),
+        ([*MANY, " ,x"], "text,label", "row 121: 'text' is empty"),
+        ([*MANY, "alone"], "text,label", "row 121: 'label' is empty"),
+        ([*MANY, "alone,z"], "text,label", "no row labelled 'z' falls into"),
+    ],
+)
+def test_a_table_that_does_not_fit_says_where(tmp_path, rows, header, message):
+    with pytest.raises(ValueError, match=message):
+        datasets.from_csv(table(tmp_path / "mine.csv", rows, header))

@@ -155,7 +155,7 @@ def test_a_pruned_vocabulary_gives_exactly_the_same_outputs():
 
 def test_a_token_outside_the_pruned_vocabulary_becomes_unknown():
     tokenizer = e5.Tokenizer(
-        models.tokenizer_from(assets.files("e5-small")["tokenizer"], "<pad>", 512)
+        models.tokenizer_from(assets.files("e5-small")["tokenizer"], "<pad>", "<unk>", 512)
     )
     rows = e5.token_ids(["a b"], tokenizer)
     before = tokenizer(["a b"])["input_ids"][0]

@@ -225,3 +225,17 @@ def test_a_linear_model_costs_a_small_part_of_an_update_of_the_network(resnet):
     x, y = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
     linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 1000))
     assert multiplications(linear, x, y) < multiplications(resnet, x, y) / 10
+
+
+def test_momentum_makes_the_printed_rate_ten_times_as_large_on_a_steady_slope():
+    def last_step(**settings):
+        weight = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        optimiser = torch.optim.SGD([weight], lr=0.001, **settings)
+        for _ in range(300):
+            before, weight.grad = weight.item(), torch.full_like(weight, -2.0)
+            optimiser.step()
+        return weight.item() - before
+
+    assert "lr=0.001, momentum=0.9" in LISTING
+    assert last_step() == pytest.approx(0.001 * 2, rel=1e-9)
+    assert last_step(momentum=0.9) == pytest.approx(10 * 0.001 * 2, rel=1e-9)

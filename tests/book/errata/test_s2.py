@@ -37,6 +37,13 @@ def test_the_model_cannot_read_text(classifier):
         classifier(["a good film"])
 
 
+def test_three_dots_are_a_value_and_hold_no_texts():
+    names = {}
+    exec("dataset = ...", names)  # the line of the article; no error
+    with pytest.raises(TypeError, match="ellipsis"):
+        exec("dataset['text']", names)
+
+
 def test_a_tokenizer_made_inside_a_function_is_unknown_outside():
     program = "def train_model():\n    tokenizer = object()\ntrain_model()\ntokenizer"
     with pytest.raises(NameError, match="tokenizer"):

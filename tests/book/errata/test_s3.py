@@ -90,6 +90,44 @@ def test_neither_the_loss_nor_max_accepts_a_model_output(encoder, tiny_tokenizer
         torch.max(output, 1)
 
 
+def test_the_last_part_of_the_listing_uses_data_that_nothing_made():
+    program = """
+epochs = 5
+batch_size = 32
+for epoch in range(epochs):
+    train_loss = train(model, train_data, batch_size)
+    dev_accuracy = evaluate(model, dev_data, batch_size)
+test_accuracy = evaluate(model, test_data, batch_size)
+"""
+    given = {"model": None, "train": lambda *_: 0, "evaluate": lambda *_: 0}
+    with pytest.raises(NameError, match="train_data"):
+        exec(program, dict(given))
+    exec(program, given | {"train_data": [], "dev_data": [], "test_data": []})
+
+
+def test_five_epochs_of_few_examples_hardly_move_a_new_head():
+    def five_epochs(lr):
+        torch.manual_seed(0)
+        x = torch.randn(1200, 64)
+        y = (x.sum(1) > 0).long()
+        head = nn.Linear(64, 2)
+        nn.init.normal_(head.weight, std=0.02)
+        start = head.weight.detach().clone()
+        optimiser = torch.optim.Adam(head.parameters(), lr=lr)
+        for rows in torch.cat([torch.randperm(200) for _ in range(5)]).view(5, 200):
+            for batch in rows.split(32):
+                optimiser.zero_grad()
+                F.cross_entropy(head(x[batch]), y[batch]).backward()
+                optimiser.step()
+        accuracy = (head(x[200:]).argmax(1) == y[200:]).float().mean().item()
+        return accuracy, (head.weight - start).abs().max().item()
+
+    accuracy, travelled = five_epochs(2e-5)  # of 7 updates each
+    assert travelled < 1.4 * 35 * 2e-5 < 0.02 / 20
+    assert accuracy < 0.65
+    assert five_epochs(1e-2)[0] > 0.85
+
+
 def test_the_mean_of_batch_means_is_not_the_mean_over_the_examples():
     losses = torch.tensor([0.0] * 16 + [1.0])
     batches = [batch for (batch,) in DataLoader(TensorDataset(losses), batch_size=16)]
@@ -182,6 +220,41 @@ def test_a_new_head_learns_nothing_at_the_recommended_learning_rate():
     assert digits_head(lr=1e-2)[0] > 0.95
 
 
+def test_the_rate_of_the_articles_own_programs_is_outside_its_search():
+    tried = [1e-5 / 2**step for step in range(20)]
+    assert max(tried) < 2e-5
+    best = max(digits_head(lr, steps=100)[0] for lr in tried[:4])
+    assert best < 0.3 < 0.9 < digits_head(1e-2, steps=100)[0]
+
+
+def test_rates_that_shrink_by_a_factor_stop_a_head_where_it_is():
+    weight = torch.zeros(1, requires_grad=True)
+    optimiser = torch.optim.Adam([weight], lr=1e-5)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.9)
+    places = []
+    for _ in range(300):
+        optimiser.zero_grad()
+        (weight - 1).square().sum().backward()
+        optimiser.step()
+        schedule.step()
+        places.append(weight.item())
+    assert places[-1] == places[-50]  # it has converged
+    assert places[-1] < 1.01 * 1e-5 / (1 - 0.9)  # and not to the minimum at 1
+
+
+def test_one_rate_means_three_lengths_of_a_step():
+    start, moved = 5 * torch.ones(4, 4), {}
+    for make in (torch.optim.SGD, torch.optim.AdamW, torch.optim.Adafactor):
+        weight = nn.Parameter(start.clone())
+        optimiser = make([weight], lr=1e-3, weight_decay=0.0)
+        weight.grad = torch.full_like(weight, 20.0)
+        optimiser.step()
+        moved[make.__name__] = (start - weight.detach()).mean().item()
+    assert moved["SGD"] == pytest.approx(1e-3 * 20, rel=1e-3)  # times the gradient
+    assert moved["AdamW"] == pytest.approx(1e-3, rel=1e-2)  # whatever the gradient
+    assert moved["Adafactor"] == pytest.approx(1e-3 * 5, rel=1e-2)  # times the weights
+
+
 def test_the_python_of_the_instructions_is_refused_by_the_versions_of_today():
     for package in ("torch", "transformers", "torchvision"):
         wanted = importlib.metadata.metadata(package)["Requires-Python"]
@@ -216,3 +289,31 @@ def test_the_repaired_score_counts_whole_entities(repaired):
     assert entity_f1(truth, truth) == 1
     guess = [["B-PER", "I-PER", "O", "B-ORG"], ["B-ORG", "O"]]
     assert entity_f1(truth, guess) == pytest.approx(2 * 2 / (4 + 3))
+
+
+def test_a_classifier_made_robust_can_be_right_less_often():
+    # labels +-1; one loud clue that is right in 0.9 of the cases, 100 faint ones of mean 0.3 y.
+    # The faint ones are exchangeable and the loss is convex, so they may share one weight.
+    random = torch.Generator().manual_seed(0)
+    y = 2.0 * torch.randint(2, (20_000,), generator=random) - 1
+    loud = torch.where(torch.rand(20_000, generator=random) < 0.9, y, -y)
+    faint = 100 * 0.3 * y + 10 * torch.randn(20_000, generator=random)  # their sum
+
+    def margins(w, rows, radius):  # after the worst move of each clue by at most the radius
+        scores = y[rows] * (w[0] * loud[rows] + w[1] * faint[rows])
+        return scores - radius * (w[0].abs() + 100 * w[1].abs())
+
+    right = {}
+    train, test = slice(0, 10_000), slice(10_000, None)
+    for trained in (0.0, 0.6):
+        w = torch.zeros(2, requires_grad=True)
+        optimiser = torch.optim.Adam([w], lr=0.02)
+        for _ in range(400):
+            optimiser.zero_grad()
+            F.softplus(-margins(w, train, trained)).mean().backward()
+            optimiser.step()
+        for attacked in (0.0, 0.6):
+            right[trained, attacked] = (margins(w, test, attacked) > 0).float().mean().item()
+    assert right[0.0, 0.0] > 0.99
+    assert right[0.6, 0.0] == pytest.approx(0.9, abs=0.02)
+    assert right[0.6, 0.6] > 0.85 > 0.1 > right[0.0, 0.6]
