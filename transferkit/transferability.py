@@ -550,7 +550,7 @@ def predict_cost(
     Args:
         train, plan, objective, settings: what `fit` is to get; one epoch of `finetune` without a
             plan, classification without an objective.
-        sample: how many items are tried, at least two batches where there are so many.
+        sample: how many items are tried; take several batches, for a single one says little.
         clock: says the seconds; `time.process_time` counts those of all threads together.
 
     Raises:

@@ -351,7 +351,21 @@ def test_mixing_shrinks_both_covariances_alike_and_leaves_least_squares_alone(la
                 cross += chance * row * (share * y[i] + (1 - share) * y[j]) / 36
     close(gram, lab("mixup_spread")(alpha) * x.T @ x / 6, rel=1e-9)
     close(cross, lab("mixup_spread")(alpha) * x.T @ y / 6, rel=1e-9)
-    close(np.linalg.solve(gram, cross), np.linalg.lstsq(x, y, rcond=None)[0], rel=1e-9)
+    lowest = np.linalg.lstsq(x, y, rcond=None)[0]
+    close(np.linalg.solve(gram, cross), lowest, rel=1e-9)
+
+    def mixed_losses(line):  # of two errors, as the library has it; with an intercept
+        total = 0.0
+        for share, chance in zip(shares, chances, strict=True):
+            said = (share * x[:, None] + (1 - share) * x) @ line[:2] + line[2]
+            each = share * (said - y[:, None]) ** 2 + (1 - share) * (said - y) ** 2
+            total += chance * each.mean()
+        return total
+
+    close(slopes(mixed_losses, np.r_[lowest, 0.0]), np.zeros(3), abs=1e-8)
+    centre = np.array([2.0, -1.0])  # not centred: the same weights, the intercept moves along
+    x, y = x + centre, y + 3.0
+    close(slopes(mixed_losses, np.r_[lowest, 3.0 - lowest @ centre]), np.zeros(3), abs=1e-8)
 
 
 @pytest.mark.equation("eq-regularisation-smoothing")
@@ -465,6 +479,25 @@ def test_projected_ascent_ends_where_a_constrained_search_does(lab, norm):
     close(height(found), -best.fun, rel=2e-2)
 
 
+def searched_worst(w, b, x, y, radius, norm):
+    """The mean worst loss by trying every corner, or by a search that may leave no ball."""
+    if norm == "linf":
+        corners = radius * (2 * np.array(list(np.ndindex(2, 2, 2))) - 1)
+        every = np.logaddexp(0, -y[:, None] * ((x[:, None] + corners) @ w + b))
+        return every.max(axis=1).mean()
+    inside = {"type": "ineq", "fun": lambda move: radius**2 - move @ move}
+    found = [
+        optimize.minimize(
+            lambda move, row=row, label=label: label * ((row + move) @ w + b),
+            np.zeros(3),
+            constraints=inside,
+            tol=1e-13,
+        ).fun
+        for row, label in zip(x, y, strict=True)
+    ]
+    return np.logaddexp(0, -np.array(found)).mean()
+
+
 @pytest.mark.equation("eq-regularisation-danskin")
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_the_slope_of_the_worst_loss_is_that_at_the_worst_move(lab, norm):
@@ -473,6 +506,8 @@ def test_the_slope_of_the_worst_loss_is_that_at_the_worst_move(lab, norm):
     held = slopes(lambda v: np.mean(np.logaddexp(0, -y * ((x + moves) @ v + b))), w)
     whole = slopes(lambda v: lab("worst_linear_loss")(v, b, x, y, 0.3, norm), w)
     close(held, whole, rel=1e-6)
+    searched = slopes(lambda v: searched_worst(v, b, x, y, 0.3, norm), w, 1e-4)
+    close(held, searched, rel=1e-5)
 
 
 # -- planted errors -------------------------------------------------------------------------------

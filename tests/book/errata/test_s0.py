@@ -111,6 +111,25 @@ def test_fine_tuning_forgets_the_old_task_and_a_frozen_backbone_does_not():
     assert on_the_old_task() < before - 0.1
 
 
+def test_features_made_alike_make_a_head_wrong_where_the_shares_of_the_labels_differ():
+    random = np.random.default_rng(0)
+
+    def domain(positive, n=10_000):
+        y = np.arange(n) < positive * n
+        return 4 * y + random.normal(size=n), y
+
+    (source, y_source), (target, y_target) = domain(0.5), domain(0.1)
+    assert np.mean((source > 2) != y_source) < 0.03 and np.mean((target > 2) != y_target) < 0.03
+    ranks = target.argsort().argsort()
+    alike = np.sort(source)[ranks]  # the target's features, with the source's distribution
+    assert np.array_equal(np.sort(alike), np.sort(source))
+    errors = [
+        np.mean((source > cut) != y_source) + np.mean((alike > cut) != y_target)
+        for cut in np.quantile(source, np.linspace(0, 1, 101))
+    ]
+    assert min(errors) > 0.5 - 0.1 - 1e-9
+
+
 def test_the_repaired_listing_trains_with_dropout_and_judges_without(
     repaired, tiny_bert, tiny_tokenizer
 ):
