@@ -68,6 +68,15 @@ def test_the_keyboard_moves_the_rate_and_the_picture_follows(page):
     assert page.locator("polyline").last.get_attribute("points") != after
 
 
+def test_the_rate_is_spoken_by_the_slider_alone(page):
+    slider = page.get_by_role("slider", name="Learning rate", exact=True)
+    slider.focus()
+    page.keyboard.press("Home")
+    assert slider.get_attribute("aria-valuetext") == "0.0010"
+    assert page.locator("output").get_attribute("aria-hidden") == "true"
+    assert page.get_by_role("status").count() == 1
+
+
 @pytest.mark.skipif(not PAGE.exists(), reason="the page is not built: run `make book` first")
 def test_without_javascript_the_static_figure_is_there_and_the_box_is_not(browser):
     context = browser.new_context(java_script_enabled=False)

@@ -149,6 +149,19 @@ def test_no_rate_and_momentum_of_many_have_a_smaller_worst_factor(lab, low, high
     close(factor, (root - 1) / (root + 1))
 
 
+@pytest.mark.equation("eq-optimisation-best-momentum")
+def test_a_worst_factor_allows_no_larger_condition_number_than_the_proof_says():
+    random = np.random.default_rng(9)
+    for _ in range(2000):
+        beta, low, high = random.uniform(-0.5, 1), random.uniform(0, 1), random.uniform(1, 4)
+        worst = max(abs(np.linalg.eigvals(companion(1.0, beta, k))).max() for k in (low, high))
+        if worst < 1:
+            smallest = (1 - worst) * (1 - beta / worst)
+            assert low >= smallest - 1e-12
+            assert high <= (1 + worst) * (1 + beta / worst) + 1e-12
+            assert high / low <= ((1 + worst) / (1 - worst)) ** 2 * (1 + 1e-9)
+
+
 @pytest.mark.equation("eq-optimisation-momentum", "eq-optimisation-terminal")
 def test_momentum_is_torchs_and_moves_at_last_by_the_rate_over_one_minus_beta(lab):
     gradients = np.random.default_rng(0).normal(size=(20, 3, 4))

@@ -57,7 +57,9 @@ const valley = (() => {
     const controls = html("div", { className: "tk-valley-controls" }, box);
     const label = html("label", { textContent: "Learning rate " }, controls);
     const slider = html("input", { type: "range", min: -3, max: 0, step: 0.05, value: -2 }, label);
+    // The value is spoken by the slider itself: the visible one is no second live region.
     const shown = html("output", {}, label);
+    shown.setAttribute("aria-hidden", "true");
     const choice = html("label", { textContent: "Rule " }, controls);
     const select = html("select", {}, choice);
     for (const rule of Object.keys(rules)) html("option", { textContent: rule }, select);
