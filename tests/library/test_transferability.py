@@ -222,7 +222,7 @@ def test_centroids_are_those_of_scikit_learn():
     assert 0.3 < expected < 1 and tk.centroid_accuracy(x, labels) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("n", "width", "classes"), [(45, 7, 3), (30, 5, 2), (24, 30, 3)])
+@pytest.mark.parametrize(("n", "width", "classes"), [(30, 7, 3), (20, 5, 2), (15, 20, 3)])
 def test_the_probe_is_the_best_ridge_classifier_that_was_trained_anew_without_each_item(
     n, width, classes
 ):
@@ -270,6 +270,7 @@ KEPT = {
 def test_what_a_change_of_the_features_does_to_a_score(name, change):
     score, (x, labels) = OF_FEATURES[name], case(10, pull=0.6)
     same = score(MAPS[change](x), labels) == pytest.approx(score(x, labels), rel=1e-7)
+    # Turning changes which columns the probe scales, but an accuracy may come out the same.
     assert same == (change in KEPT[name]) or (name, change) == ("probe", "turned")
 
 
