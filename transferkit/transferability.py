@@ -159,8 +159,8 @@ def leep(probabilities: Any, labels: Any) -> float:
 
 def _expected_log(shares: np.ndarray, codes: np.ndarray) -> float:
     joint = _one_hot(codes).T @ shares / len(codes)  # (C, Z)
-    whole = joint.sum(axis=0)
-    given = np.divide(joint, whole, out=np.zeros_like(joint), where=whole > 0)  # label given class
+    total = joint.sum(axis=0)
+    given = np.divide(joint, total, out=np.zeros_like(joint), where=total > 0)  # label given class
     expected = (given[codes] * shares).sum(axis=1)
     return min(0.0, float(np.log(expected).mean()))  # rounding may leave it above
 
@@ -714,5 +714,5 @@ def _scored(
 
 
 def _ordered(rows: Table, by: str) -> Table:
-    value = {id(row): -math.inf if math.isnan(row[by]) else row[by] for row in rows}
-    return Table(sorted(rows, key=lambda row: -value[id(row)]))
+    # the best first, and last what has no value
+    return Table(sorted(rows, key=lambda row: (math.isnan(row[by]), -row[by])))
