@@ -65,6 +65,7 @@ def answer(model: nn.Module, texts: Sequence[str]) -> list[Answer]:
 
     Raises:
         TypeError: the model has no label names or reads no texts, or `texts` is one string.
+        ValueError: `texts` is empty, or one of them holds half a character (a lone surrogate).
 
     Example:
         >>> tk.apply.answer(nn.Linear(4, 2), ["很好"])
@@ -81,6 +82,8 @@ def answer(model: nn.Module, texts: Sequence[str]) -> list[Answer]:
         )
     if isinstance(texts, str):
         raise TypeError("texts is one string and a list is expected: pass [text]")
+    if broken := [at for at, text in enumerate(texts) if not _is_whole(text)]:
+        raise ValueError(f"texts[{broken[0]}] holds half a character: decode it as UTF-8 first")
     asked = SimpleNamespace(kind="text", name="texts", inputs=list(texts), labels=None)
     source: Any = data.as_source(asked, model)  # of the class data.Texts
     said: Any = evaluation.predict(model, source, precision="fp32")  # one row a text
@@ -96,6 +99,11 @@ def answer(model: nn.Module, texts: Sequence[str]) -> list[Answer]:
         )
         for at, text in enumerate(texts)
     ]  # fmt: skip
+
+
+def _is_whole(text: str) -> bool:
+    """Whether UTF-8 can hold the text; tokenizers can read no other."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def limits(folder: str | Path, labels: Iterable[str]) -> list[str]:
@@ -116,7 +124,7 @@ def limits(folder: str | Path, labels: Iterable[str]) -> list[str]:
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
+<title>{lead}{title}</title>
 <style>
 :root {{ color-scheme: light dark }}
 body {{ font: 1.1rem/1.5 system-ui, sans-serif; max-width: 40rem; padding: 0 1rem }}
@@ -170,9 +178,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self._is_local():
             if self.path == "/":
-                self._page()
+                self._send(HTTPStatus.OK, self.server.page(), "html")
             else:
-                self._refuse(HTTPStatus.NOT_FOUND, "There is only one page here: /")
+                self._refuse("There is only one page here: /", HTTPStatus.NOT_FOUND)
 
     def do_POST(self) -> None:
         if not self._is_local():
@@ -180,55 +188,54 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         if body is None:
             what = f"The text is too long: at most {LIMIT:,} bytes are taken."
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, what)
+            self._refuse(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         elif self.path == "/predict":
             self._predict(body)
         elif self.path == "/":
-            fields = urllib.parse.parse_qs(body.decode("utf-8", "replace"), max_num_fields=8)
-            text = fields.get("text", [""])[0].strip()
-            self._page(self.server.page_answer(text) if text else _alert("Type a text first."))
+            fields = urllib.parse.parse_qs(body.decode("utf-8", "replace"))
+            if text := fields.get("text", [""])[0].strip():
+                self._send(HTTPStatus.OK, self.server.page_answer(text), "html")
+            else:
+                self._refuse("Type a text first.", HTTPStatus.OK)
         else:
-            self._refuse(HTTPStatus.NOT_FOUND, "Questions go to / or to /predict.")
+            self._refuse("Questions go to / or to /predict.", HTTPStatus.NOT_FOUND)
 
     def _is_local(self) -> bool:
         # another site's page in the same browser may know the port, but not name this machine
         name = self.headers.get("Host", "").rsplit(":", 1)[0]
         if name not in _LOCAL:
-            self._refuse(HTTPStatus.MISDIRECTED_REQUEST, f"This is {_LOCAL[0]}, not {name!r}.")
+            self._refuse(f"This is {_LOCAL[0]}, not {name!r}.", HTTPStatus.MISDIRECTED_REQUEST)
         return name in _LOCAL
 
     def _body(self) -> bytes | None:
         """The body, or None if it is too long; what is too long is read and dropped, to 16 MiB."""
         size = self.headers.get("Content-Length", "0")
-        size = int(size) if size.isascii() and size.isdigit() else 0
+        size = int(size[:12]) if size.isascii() and size.isdigit() else 0  # 12 digits are enough
         if size <= LIMIT:
             return self.rfile.read(size)
         for _ in range(min(size, 256 * LIMIT) // LIMIT + 1):
             if not (part := self.rfile.read(min(LIMIT, size))):
                 break
             size -= len(part)
-        self.close_connection = True
         return None
 
     def _predict(self, body: bytes) -> None:
         try:
             text = json.loads(body)["text"]
-            if not (isinstance(text, str) and text.strip()):
+            if not (isinstance(text, str) and text.strip() and _is_whole(text)):
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):  # the last: [[[[… without end
             what = {"error": 'send {"text": "…"} with a text that is not empty'}
             self._send(HTTPStatus.BAD_REQUEST, json.dumps(what, ensure_ascii=False), "json")
         else:
             self._send(HTTPStatus.OK, _line(self.server.answer(text)), "json")
 
-    def _page(self, result: str = "", status: HTTPStatus = HTTPStatus.OK) -> None:
-        self._send(status, self.server.page(result), "html")
-
-    def _refuse(self, status: HTTPStatus, what: str) -> None:
-        self._page(_alert(what), status)
+    def _refuse(self, what: str, status: HTTPStatus) -> None:
+        alert = f'<p role="alert"><strong>{html.escape(what)}</strong></p>'
+        self._send(status, self.server.page(alert, what), "html")
 
     def _send(self, status: HTTPStatus, text: str, kind: str) -> None:
-        raw = text.encode("utf-8", "replace")
+        raw = text.encode("utf-8")
         self.send_response(status)
         self.send_header("Content-Type", {"html": "text/html", "json": "application/json"}[kind]
                          + "; charset=utf-8")  # fmt: skip
@@ -242,10 +249,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(raw)
 
 
-def _alert(what: str) -> str:
-    return f'<p role="alert"><strong>{html.escape(what)}</strong></p>'
-
-
 class Server(ThreadingHTTPServer):
     """A page for one model on this machine; `serve_forever()` runs it, `server_port` is its port.
 
@@ -256,7 +259,7 @@ class Server(ThreadingHTTPServer):
     Raises:
         FileNotFoundError: the folder holds no model.
         TypeError: the model is no classifier of texts.
-        OSError: the port is taken.
+        OSError: the port is taken, or no port.
     """
 
     daemon_threads = True
@@ -268,7 +271,16 @@ class Server(ThreadingHTTPServer):
         self._title = f"{' or '.join(self._labels)}?"
         self._limits = limits(folder, self._labels)
         self._turn = threading.Lock()
-        super().__init__((_LOCAL[0], port), _Handler)
+        try:
+            super().__init__((_LOCAL[0], port), _Handler)
+        except (OSError, OverflowError) as error:
+            remedy = "give another, or 0 for any that is free"
+            raise OSError(f"port {port} cannot be used ({error}): {remedy}") from error
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Show what went wrong; that a browser left before its answer came is nothing wrong."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     def answer(self, text: str) -> Answer:
         """The model's answer, one question at a time."""
@@ -276,15 +288,17 @@ class Server(ThreadingHTTPServer):
             return answer(self.model, [text])[0]
 
     def page_answer(self, text: str) -> str:
-        """The part of the page that answers."""
+        """The page with the answer."""
         found = self.answer(text)
         shares = np.exp(np.array(found.logits) - max(found.logits))
-        return _result(found, self._labels, shares / shares.sum())
+        return self.page(_result(found, self._labels, shares / shares.sum()), found.label)
 
-    def page(self, result: str) -> str:
-        """The whole page."""
+    def page(self, result: str = "", news: str = "") -> str:
+        """The page; the news, in plain text, begin its title, which a screen reader reads first."""
         items = "".join(f"<li>{html.escape(text)}</li>" for text in self._limits)
-        return _PAGE.format(title=html.escape(self._title), result=result, limits=items)
+        lead = f"{html.escape(news)} – " if news else ""
+        title = html.escape(self._title)
+        return _PAGE.format(lead=lead, title=title, result=result, limits=items)
 
 
 def _line(found: Answer) -> str:

@@ -69,7 +69,8 @@ def test_a_weight_travels_no_farther_than_the_sum_of_the_bounds():
         optimiser.step()
     limit = sum(step_limit(t) * rate for t, rate in enumerate(rates, 1))
     assert weight.abs().max().item() <= limit
-    assert limit < 1.4 * rates.sum()  # what the page says of the first 35 updates
+    assert limit < 1.4 * rates.sum()
+    assert max(map(step_limit, range(1, 36))) < 1.4  # what the page says of the first 35 updates
 
 
 @pytest.mark.equation("eq-six-met")

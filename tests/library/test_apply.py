@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -101,6 +102,12 @@ def test_one_string_is_refused_where_a_list_is_meant(saved):
         apply.answer(tk.load(saved), "好")
 
 
+@pytest.mark.parametrize(("texts", "message"), [([], "are empty"), (["好", "\ud800"], "texts.1.")])
+def test_what_no_tokenizer_can_read_is_refused(saved, texts, message):
+    with pytest.raises(ValueError, match=message):
+        apply.answer(tk.load(saved), texts)
+
+
 def test_a_fresh_process_gives_the_same_logits_from_the_command_line(saved):
     command = [sys.executable, "-m", "transferkit.apply", "predict", str(saved), *TEXTS]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
@@ -161,11 +168,50 @@ def test_a_body_beyond_the_limit_is_refused(server):
     assert ask(server, "GET", "/")[0].status == 200
 
 
+def test_a_form_of_many_fields_and_an_absurd_length_get_a_page_all_the_same(server, capsys):
+    assert "Answer" in ask(server, "POST", "/", "a=1&" * 50 + form("很好的书"))[1]
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as connection:
+        length = "9" * 5000
+        connection.sendall(
+            f"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
+        )
+        connection.shutdown(socket.SHUT_WR)
+        assert b" 413 " in connection.makefile("rb").readline()
+    assert capsys.readouterr().err == ""
+
+
+def test_only_a_browser_that_left_is_passed_over_in_silence(server, capsys):
+    for error in (BrokenPipeError("gone"), RuntimeError("a bug")):
+        try:
+            raise error
+        except (BrokenPipeError, RuntimeError):
+            server.handle_error(None, ("127.0.0.1", 1))
+    said = capsys.readouterr().err
+    assert "a bug" in said
+    assert "gone" not in said
+
+
+def test_the_title_says_first_what_is_new(server):
+    for text, news in (("很好的书", "good"), ("", "Type a text first.")):
+        assert (
+            f"<title>{news} – bad &lt;b&gt; or good?</title>"
+            in ask(server, "POST", "/", form(text))[1]
+        )
+    assert "<title>bad &lt;b&gt; or good?</title>" in ask(server, "GET", "/")[1]
+
+
+def test_a_port_that_cannot_be_used_ends_with_a_remedy(server, saved, capsys):
+    for port in (server.server_port, 70_000):
+        assert apply.main(["serve", str(saved), "--port", str(port)]) == 1
+        assert f"port {port} cannot be used" in capsys.readouterr().err
+
+
 def test_a_program_gets_json_and_a_message_for_what_is_no_question(server, saved):
     response, text = ask(server, "POST", "/predict", json.dumps({"text": TEXTS[0]}))
     assert response.getheader("Content-Type") == "application/json; charset=utf-8"
     assert json.loads(text)["label"] == "good"
-    for body in ("{", "[]", "{}", '{"text": 3}', '{"text": " "}', b"\xff"):
+    wrong = ("{", "[]", "{}", '{"text": 3}', '{"text": " "}', b"\xff", "[" * 60_000)
+    for body in (*wrong, '{"text": "\\ud800"}'):  # half a character
         response, text = ask(server, "POST", "/predict", body)
         assert response.status == 400
         assert "text" in json.loads(text)["error"]
