@@ -258,27 +258,37 @@ _ZH = Recipe(
 
 def read_csv(path: Path, text: str, label: str, group: str | None) -> tuple[Table, list[str]]:
     """The distinct texts of a CSV file, and the names of its labels."""
-    rows = list(csv.DictReader(io.StringIO(decode(path.read_bytes(), path), newline="")))
+    try:
+        rows = list(csv.DictReader(io.StringIO(decode(path.read_bytes(), path), newline="")))
+    except csv.Error as error:
+        raise ValueError(f"{path}: {error}: is there a quotation mark that never ends?") from error
     wanted = [text, label] if group is None else [text, label, group]
     columns = list(rows[0]) if rows else []
     if missing := [name for name in wanted if name not in columns]:
         raise ValueError(f"{path} has no column {missing[0]!r}: its columns are {columns}")
     found: dict[str, list[dict]] = collections.defaultdict(list)
-    for number, row in enumerate(rows, 1):
-        if empty := [name for name in wanted if not (row[name] or "").strip()]:
+    for number, given in enumerate(rows, 1):
+        if None in given:
+            what = f"{path}, row {number}: there are more fields than columns"
+            raise ValueError(f"{what}: put texts that hold commas in quotation marks")
+        row = {name: (given[name] or "").strip() for name in wanted}
+        if empty := [name for name in wanted if not row[name]]:
             raise ValueError(f"{path}, row {number}: {empty[0]!r} is empty: fill or delete the row")
-        found[_letters(row[text]) or row[text].strip()].append(row)
+        found[_letters(row[text]) or row[text]].append(row)
     ids = sorted(key for key, same in found.items() if len({row[label] for row in same}) == 1)
     kept = [found[key][0] for key in ids]
     names = sorted({row[label] for row in kept})
+    if len(names) < 2:
+        what = f"{path}: without contradictions there are the labels {names}"
+        raise ValueError(f"{what}, but a classifier needs two: is {label!r} the column of labels?")
     counts = {
         "repeated": sum(len(found[key]) - 1 for key in ids),
         "conflicts": len(found) - len(ids),
     }
     labels = np.array([names.index(row[label]) for row in kept], dtype=np.int64)
     keys = ids if group is None else [row[group] for row in kept]
-    return Table({"text": [row[text].strip() for row in kept]}, labels, keys, ids, "text", "text",
-                 counts), names  # fmt: skip
+    texts = [row[text] for row in kept]
+    return Table({"text": texts}, labels, keys, ids, "text", "text", counts), names
 
 
 # ---- People's Daily -----------------------------------------------------------------------------

@@ -261,8 +261,9 @@ def from_csv(
         A data set as `load` returns it. The labels are sorted by name.
 
     Raises:
-        ValueError: a column is missing, a field is empty, a label occurs only in some of train,
-            validation and test, or the text is not UTF-8.
+        ValueError: a column is missing, a field is empty, a row has too many fields, there is only
+            one label, a label occurs only in some of train, validation and test, or the text is
+            not UTF-8.
 
     Example:
         >>> from pathlib import Path

@@ -398,6 +398,11 @@ def test_a_new_row_moves_no_other_row(tmp_path):
     assert set(before.validation["text"]) <= set(after.validation["text"])
 
 
+def test_blanks_around_a_label_make_no_other_label(tmp_path):
+    rows = [row.replace(",", ", ") if i % 3 else row for i, row in enumerate(MANY)]
+    assert datasets.from_csv(table(tmp_path / "mine.csv", rows)).labels == ["x", "y"]
+
+
 @pytest.mark.parametrize(
     ("rows", "header", "message"),
     [
@@ -406,6 +411,10 @@ def test_a_new_row_moves_no_other_row(tmp_path):
         ([*MANY, " ,x"], "text,label", "row 121: 'text' is empty"),
         ([*MANY, "alone"], "text,label", "row 121: 'label' is empty"),
         ([*MANY, "alone,z"], "text,label", "no row labelled 'z' falls into"),
+        ([*MANY, "well, a comma,x"], "text,label", "row 121: .* quotation marks"),
+        ([*MANY, '"never ended' + "a" * 200_000], "text,label", "quotation mark that never ends"),
+        (MANY[::2], "text,label", "the labels .* but a classifier needs two"),
+        ([f"same,{i}" for i in range(9)], "text,label", "the labels .*, but"),
     ],
 )
 def test_a_table_that_does_not_fit_says_where(tmp_path, rows, header, message):
