@@ -1,7 +1,6 @@
 """The formulas of the chapter on choosing a model, each computed in another way than the lab."""
 
 import ast
-import copy
 import itertools
 import json
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+from flips import with_one_sign_turned
 from sklearn.linear_model import Ridge
 from sklearn.metrics import mutual_info_score
 from torch import nn
@@ -40,23 +40,6 @@ def made_from(node):
 
 def of_the_lab(name):
     return made_from(definition(name))
-
-
-def signs(tree):
-    for node in ast.walk(tree):
-        binary = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub)
-        if binary or (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)):
-            yield node
-
-
-def with_one_sign_turned(tree):
-    """Every copy of a syntax tree in which one sign is the other one."""
-    for at, _ in enumerate(signs(tree)):
-        wrong = copy.deepcopy(tree)
-        node = next(itertools.islice(signs(wrong), at, None))
-        turned = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.USub: ast.UAdd}
-        node.op = turned[type(node.op)]()
-        yield wrong
 
 
 # -- tools ----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 import torch
+from flips import signs, with_one_sign_turned
 from torch import nn
 from torch.nn import functional as F
 
@@ -123,38 +124,13 @@ CHECKS = {
 }
 
 
-class _TurnOneSign(ast.NodeTransformer):
-    def __init__(self, which):
-        self.which, self.seen, self.line = which, -1, 0
-
-    def _mine(self, node):
-        self.seen += 1
-        if self.seen == self.which:
-            self.line = node.lineno
-        return self.seen == self.which
-
-    def visit_BinOp(self, node):
-        self.generic_visit(node)
-        if isinstance(node.op, (ast.Add, ast.Sub)) and self._mine(node):
-            node.op = ast.Sub() if isinstance(node.op, ast.Add) else ast.Add()
-        return node
-
-    def visit_UnaryOp(self, node):
-        self.generic_visit(node)
-        if isinstance(node.op, ast.USub) and self._mine(node):
-            return node.operand
-        return node
-
-
 def sign_errors(name):
     """(line, source) for each + and - of a function of the lab, turned into the other."""
-    found = []
-    for which in itertools.count():
-        turn = _TurnOneSign(which)
-        tree = turn.visit(ast.parse(source_of(name)))
-        if turn.seen < which:
-            return found
-        found.append((turn.line, ast.unparse(tree)))
+    tree = ast.parse(source_of(name))
+    wrong = with_one_sign_turned(tree)
+    return [
+        (sign.lineno, ast.unparse(other)) for sign, other in zip(signs(tree), wrong, strict=True)
+    ]
 
 
 PLANTED = [(name, line, source) for name in CHECKS for line, source in sign_errors(name)]

@@ -1,8 +1,6 @@
 """The formulas of *Optimisation*: the lab's rules against torch's, closed forms and sums."""
 
 import ast
-import copy
-import itertools
 import json
 import math
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flips import with_one_sign_turned
 from scipy import optimize, stats
 from torch import nn
 
@@ -40,24 +39,6 @@ def names_of(nodes):
 def lab():
     """lab(name) gives what the lab calls so."""
     return names_of(definitions().values())
-
-
-def signs(tree):
-    """The additions, subtractions and minus signs of a syntax tree, always in one order."""
-    for node in ast.walk(tree):
-        binary = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub)
-        if binary or (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)):
-            yield node
-
-
-def with_one_sign_turned(tree):
-    """Every copy of a syntax tree in which one sign is the other one."""
-    for at, _ in enumerate(signs(tree)):
-        wrong = copy.deepcopy(tree)
-        node = next(itertools.islice(signs(wrong), at, None))
-        turned = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.USub: ast.UAdd}
-        node.op = turned[type(node.op)]()
-        yield wrong
 
 
 def close(ours, expected, rel=1e-10, abs=1e-12):

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flips import signs, with_one_sign_turned
 from scipy import integrate, optimize, special, stats
-from test_losses import close, signs, slopes, with_one_sign_turned
+from test_losses import close, slopes
 from torch import nn
 
 import transferkit as tk

@@ -1,7 +1,6 @@
 """The formulas of *When transfer fails*: the lab against brute force and exact cases."""
 
 import ast
-import copy
 import itertools
 import json
 import math
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flips import with_one_sign_turned
 from scipy import optimize, special, stats
 from scipy.spatial import distance
 from torch import nn
@@ -44,24 +44,6 @@ def names_of(nodes):
 def lab():
     """lab(name) gives what the lab calls so."""
     return names_of(definitions().values())
-
-
-def signs(tree):
-    """The additions, subtractions and minus signs of a syntax tree, always in one order."""
-    for node in ast.walk(tree):
-        binary = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub)
-        if binary or (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)):
-            yield node
-
-
-def with_one_sign_turned(tree):
-    """Every copy of a syntax tree in which one sign is the other one."""
-    for at, _ in enumerate(signs(tree)):
-        wrong = copy.deepcopy(tree)
-        node = next(itertools.islice(signs(wrong), at, None))
-        turned = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.USub: ast.UAdd}
-        node.op = turned[type(node.op)]()
-        yield wrong
 
 
 # -- tools ----------------------------------------------------------------------------------------
@@ -254,6 +236,16 @@ def test_the_bound_holds_for_every_cut_on_a_finite_line_and_is_reached(seed):
     # two points, all of the source on one and all of the target on the other
     ends = exact_terms(range(2), [0, 1], [1, 0], [0, 1], [[0, 0], [0, 1], [1, 0], [1, 1]])
     assert (0, 2, 0, 1) in ends  # source error 0, bound 1, target error 1
+
+
+@pytest.mark.equation("eq-shift-bound")
+@pytest.mark.parametrize("seed", range(4))
+def test_the_bound_does_not_need_two_classes(seed):
+    random = np.random.default_rng(seed)
+    p, q = ([Fraction(int(c), int(sum(w))) for c in w] for w in random.integers(1, 9, (2, 4)))
+    heads, labels = random.integers(0, 3, (6, 4)).tolist(), random.integers(0, 3, 4).tolist()
+    for source, distance_, joint, target in exact_terms(range(4), labels, p, q, heads):
+        assert target <= source + distance_ / 2 + joint
 
 
 @pytest.mark.equation("eq-shift-bound")
@@ -467,6 +459,20 @@ def test_the_error_of_the_pooled_difference_over_all_pairs_of_samples(lab):
     close(lab("expected_pooled")(2, 4, gap, noise_t, noise_s), found)
 
 
+@pytest.mark.equation("eq-shift-noise", "eq-shift-break-even")
+def test_the_labs_estimates_of_gap_and_noise_have_no_bias_over_all_pairs_of_samples(lab):
+    target, source = finite_domain(11), finite_domain(12)
+    labels, found = np.array([0, 0, 1, 1]), []
+    for rows in (target, source):
+        draws = itertools.product(range(3), repeat=4)
+        samples = [np.concatenate([rows[0][[a, b]], rows[1][[c, d]]]) for a, b, c, d in draws]
+        found.append([lab("class_moments")(sample, labels) for sample in samples])
+        close(np.mean([noise for _, noise, _ in found[-1]]), truth_of(rows)[1])
+    gaps = [np.square(one - other).sum() - own_one - own_other
+            for (one, _, own_one), (other, _, own_other) in itertools.product(*found)]  # fmt: skip
+    close(np.mean(gaps), np.square(truth_of(source)[0] - truth_of(target)[0]).sum())
+
+
 CASES = [(300, 2.0, 150.0, 120.0), (50, 2.8, 60.0, 90.0), (1000, 5.0, 100.0, 100.0)]
 
 
@@ -533,6 +539,8 @@ SEEN_BY = {
         test_the_best_domain_classifier_is_left_with_log_two_minus_the_divergence(lab, 0),
     "coral_each": test_networks_side_by_side_have_the_librarys_losses,
     "mmd_each": test_networks_side_by_side_have_the_librarys_losses,
+    "class_moments":
+        test_the_labs_estimates_of_gap_and_noise_have_no_bias_over_all_pairs_of_samples,
     "expected_pooled": test_the_error_of_the_pooled_difference_over_all_pairs_of_samples,
     "break_even": lambda lab: test_at_break_even_pooling_changes_nothing(lab, CASES[0]),
     "best_share": lambda lab:

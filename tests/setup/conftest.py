@@ -142,6 +142,8 @@ def tree(tmp_path: Path) -> Tree:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     """A tree whose set-up was done once; tests that share it leave it finished."""
     tree = Tree(tmp_path_factory.mktemp("finished"))
-    status, output = tree.set_up()
+    status, output = tree.set_up(PYTHONDONTWRITEBYTECODE="1")
     assert status == 0, output
+    compiled = tree.venv.glob("lib/python*/site-packages/__pycache__/alpha.*.pyc")
+    assert list(compiled), "the packages are not compiled, so every program compiles them anew"
     return tree
