@@ -12,6 +12,7 @@ on the open internet.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import html
 import json
 import sys
@@ -332,13 +333,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(folder: str, port: int) -> int:
-    with Server(folder, port) as server:
+    with contextlib.suppress(KeyboardInterrupt), Server(folder, port) as server:
         print(f"For this machine only: http://{_LOCAL[0]}:{server.server_port}/", flush=True)
         print("Ctrl-C stops.", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print()
+        server.serve_forever()
     return 0
 
 
