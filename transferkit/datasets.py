@@ -343,7 +343,7 @@ def from_folder(
         (Dataset(photos: train 14, validation 2, test 4), ['dark', 'light'], 'dark/1.png')
     """
     path = Path(path)
-    table, labels = pictures.read_folder(path, group, skip_unreadable)
+    table, labels = pictures.read_folder(path.absolute(), group, skip_unreadable)
     unit = "the picture's pixels" if group is None else "the picture's group"
     texts = {
         "title": "your own pictures",

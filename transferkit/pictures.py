@@ -127,10 +127,14 @@ def _table(
     torn = [
         names[one.path].as_posix() for key in found if len(classes[key]) > 1 for one in found[key]
     ]
+    if not ids:
+        what = f"no picture is left: unreadable {_some(broken)}, in two classes {_some(torn)}"
+        raise ValueError(f"{what}: save them as JPEG or PNG, each in one class folder")
     sides = sorted((one.width * one.height, one.width, one.height) for one in kept)
+    ends = (f"{width} × {height}" for _, width, height in (sides[0], sides[-1]))
     counts = {
         "repeated": _some(copies), "conflicts": _some(torn), "broken": _some(broken),
-        "sizes": " to ".join(f"{width} × {height}" for _, width, height in sides[:1] + sides[-1:]),
+        "sizes": " to ".join(dict.fromkeys(ends)),
     }  # fmt: skip
     columns = {"image": kept, "file": [name.as_posix() for name in shown]}
     numbers = np.array([labels.index(name.parts[0]) for name in shown], dtype=np.int64)

@@ -164,6 +164,14 @@ def test_classes_are_the_folders_in_order_and_pixels_stay_in_their_files(photos)
     assert (np.asarray(train["image"][at]) == expected).all()
 
 
+def test_pictures_are_found_again_from_another_place(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = tk.datasets.from_folder("photos")
+    monkeypatch.chdir(photos)
+    assert np.asarray(mine.train["image"][0]).shape == (12, 16, 3)
+    assert "source                   photos\n" in str(mine.card)
+
+
 def test_the_split_depends_on_the_pixels_alone(photos, tmp_path):
     before = tk.datasets.from_folder(photos)
     ids = {part: set(before._split(part).keys) for part in ("train", "validation", "test")}
@@ -190,7 +198,7 @@ def test_copies_and_contradictions_leave_before_the_split_and_are_named(photos):
     assert len(kept) == 39 and not {"dog/copy.bmp", "dog/04.png", "cat/again.png"} & set(kept)
     assert "removed: 1 ('dog/copy.bmp')" in str(mine.card)
     assert "removed: 2 ('cat/again.png', 'dog/04.png')" in str(mine.card)
-    assert "16 × 12 to 16 × 12 pixels" in str(mine.card)
+    assert "RGB; 16 × 12 pixels" in str(mine.card)
     assert "70/15/15 % of each class by the SHA-256 of the picture's pixels" in str(mine.card)
 
 
@@ -268,6 +276,11 @@ def like_splits(photos):
     (photos / "dog").rename(photos / "val")
 
 
+def two_of_each(photos):
+    for path in (photos / "dog").iterdir():
+        (photos / "cat" / path.name).write_bytes(path.read_bytes())
+
+
 def too_few(photos):
     write(photos, {"bird": 3}, start=50)
 
@@ -279,6 +292,7 @@ def too_few(photos):
         (one_class, "holds 1 folders and a classifier needs two classes: give the folder above"),
         (empty_class, r"without a picture: 1 \('bird'\): put pictures there"),
         (like_splits, r"\['Train', 'val'\].*called like splits"),
+        (two_of_each, r"no picture is left: unreadable none, in two classes 40 \('cat/00.png', "),
         (too_few, "no row labelled 'bird' falls into test: it has 3 rows in 3 groups"),
     ],
 )
