@@ -84,9 +84,10 @@ class DataCard:
 class Split:
     """Rows of a data set: named columns, labels, and the keys whose hashes decided the split.
 
-    ``split["text"]`` is a list, ``split["image"]`` an array uint8 (n, h, w); ``split.labels`` is
-    int64 (n,) or None; ``split.keys`` the group key of every row; ``split.kind`` is "text",
-    "image", "features" or "tokens" and ``split.inputs`` the column a model reads.
+    ``split["text"]`` is a list, ``split["image"]`` an array uint8 (n, h, w), or a list where sizes
+    may differ; ``split.labels`` is int64 (n,) or None; ``split.keys`` the group key of every row;
+    ``split.kind`` is "text", "image", "features" or "tokens" and ``split.inputs`` the column a
+    model reads.
     """
 
     def __init__(self, table: Table, indices: np.ndarray, name: str):
@@ -316,9 +317,9 @@ def from_folder(
 
     Args:
         group: takes the picture's path below `path` and returns the name of its group, whose
-            pictures stay on one side of the split. For one folder an object inside each class:
-            ``lambda picture: picture.parent.name``; for files such as ``tom-1.jpg``:
-            ``lambda picture: picture.stem.split("-")[0]``.
+            pictures stay on one side of the split, whatever their classes. For one folder an object
+            inside each class: ``lambda picture: str(picture.parent)``; for files such as
+            ``tom-1.jpg``: ``lambda picture: picture.stem.split("-")[0]``.
         skip_unreadable: leave out files that cannot be read, and name them on the card.
 
     Returns:
