@@ -329,8 +329,8 @@ def from_folder(
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: it holds fewer than two class folders, or files beside them; a class folder is
-            empty, or called like a split; there is a link; a file cannot be read; or a class is
-            missing in train, validation or test.
+            empty, or called like a split; there is a link; a file cannot be read; `group`
+            returns no name; or a class is missing in train, validation or test.
 
     Example:
         >>> from pathlib import Path

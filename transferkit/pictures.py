@@ -29,7 +29,8 @@ def decode(path: str | Path) -> Any:
     """The picture in a file, as a ``PIL.Image.Image`` of mode RGB, as a viewer would show it.
 
     It is turned as its camera noted (EXIF), what is transparent lies on white, grey becomes three
-    equal channels, 16 bits become 8, and of an animation the first picture counts.
+    equal channels, of 16 bits the upper 8 are kept, and of an animation the first picture counts.
+    A colour profile is not applied.
 
     Raises:
         FileNotFoundError: there is no such file.

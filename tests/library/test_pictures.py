@@ -91,6 +91,28 @@ def test_sixteen_bits_become_eight_by_their_upper_half(tmp_path):
     assert found[0, :, 0].tolist() == [0, 0, 1, 255]
 
 
+@pytest.mark.parametrize("kind", ["gif", "png", "tif", "webp", "mpo"])
+def test_of_several_pictures_in_a_file_the_first_counts(tmp_path, kind):
+    one, *rest = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    path = tmp_path / ("a.jpg" if kind == "mpo" else f"a.{kind}")  # telephones call an MPO .jpg
+    lossless = {"lossless": True} if kind == "webp" else {}
+    one.save(path, "MPO" if kind == "mpo" else None, save_all=True, append_images=rest, **lossless)
+    found = np.asarray(pictures.decode(path))
+    assert found[..., 0].min() > 250 and found[..., 1:].max() < 5
+
+
+def test_two_colours_a_bit_each_become_black_and_white(tmp_path):
+    bits = PIXELS[0, :, :, 0] > 127
+    assert (saved(tmp_path / "a.png", Image.fromarray(bits)) == 255 * bits[..., None]).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
+def test_the_colour_that_a_file_calls_transparent_is_white(tmp_path, mode):
+    black = Image.new("RGB", (4, 4)).convert(mode)
+    hidden = (0, 0, 0) if mode == "RGB" else black.getpixel((0, 0))
+    assert (saved(tmp_path / "a.png", black, transparency=hidden) == 255).all()
+
+
 def test_thirty_two_bits_are_refused_with_the_remedy(tmp_path):
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match=r"a\.tif.* 32 bits a pixel: save it with 8"):
@@ -232,6 +254,34 @@ def test_an_unreadable_file_is_named_and_left_out_on_request_only(photos):
     mine = tk.datasets.from_folder(photos, skip_unreadable=True)
     assert "left out: 2 ('cat/empty.png', 'cat/notes.txt')" in str(mine.card)
     assert len(all_files(mine)) == 40
+
+
+def test_odd_names_endings_and_folders_inside_are_no_concern(tmp_path):
+    folder = write(tmp_path / "photos", {"a b": 8, "ä\n☃": 8})
+    for at, path in enumerate(sorted(folder.rglob("*.png"))):
+        inside = path.parent / f"x {at}\n'☃\""
+        inside.mkdir()
+        path.rename(inside / ("IMG.PNG" if at % 2 else "no ending"))
+    mine = tk.datasets.from_folder(folder, group=lambda picture: str(picture.parent))
+    assert len(set(all_files(mine))) == 16 and mine.labels == ["a b", "ä\n☃"]
+    assert np.asarray(mine.train["image"][0]).shape == (12, 16, 3)
+
+
+@pytest.mark.parametrize(("count", "enough"), [(1, False), (4, False), (5, True), (6, True)])
+def test_five_of_a_class_are_enough_to_begin_with(tmp_path, count, enough):
+    folder = write(tmp_path / "photos", {"a": 8, "b": count})
+    if enough:
+        assert len(all_files(tk.datasets.from_folder(folder))) == 8 + count
+    else:
+        with pytest.raises(ValueError, match=f"no row labelled 'b'.* {count} rows in {count} g"):
+            tk.datasets.from_folder(folder)
+
+
+def test_a_class_that_cannot_be_read_is_not_forgotten(photos):
+    for path in (photos / "cat").iterdir():
+        path.write_bytes(b"?")
+    with pytest.raises(ValueError, match="no row labelled 'cat' falls into train: it has 0 rows"):
+        tk.datasets.from_folder(photos, skip_unreadable=True)
 
 
 def test_what_file_managers_leave_behind_is_passed_over(photos):
