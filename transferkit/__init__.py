@@ -34,6 +34,7 @@ _MODULES = (
     "objectives",
     "optim",
     "peft",
+    "pictures",
     "plan",
     "preflight",
     "pretext",

@@ -1,8 +1,9 @@
-"""A saved text classifier, put to use. The one idea: one function answers, whoever asks.
+"""A saved classifier, put to use. The one idea: one function answers, whoever asks.
 
 ``python -m transferkit.apply predict MODEL TEXT …`` prints one line of JSON for each text (or for
-each line of the standard input). ``python -m transferkit.apply serve MODEL`` serves a page with a
-form, and the same answers as JSON under ``/predict``. MODEL is a folder that ``Run.save`` wrote.
+each line of the standard input); for a model of images, each text is the name of a picture's file.
+``python -m transferkit.apply serve MODEL`` serves a page with a form for texts, and the same
+answers as JSON under ``/predict``. MODEL is a folder that ``Run.save`` wrote.
 
 The server is for one person on one machine: it listens on 127.0.0.1 alone, answers one question at
 a time, keeps nothing and writes no log. It has neither encryption nor accounts, so do not put it
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from transferkit import checkpoint, data, evaluation
+from transferkit import checkpoint, data, evaluation, pictures
 
 LIMIT = 64 * 1024  # bytes of a request's body that are read
 _PATIENCE = 10  # seconds that a silent browser is waited for
@@ -100,6 +101,55 @@ def answer(model: nn.Module, texts: Sequence[str]) -> list[Answer]:
         )
         for at, text in enumerate(texts)
     ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a model says about one picture.
+
+    Attributes:
+        picture: the name of its file.
+        label, probability, logits: as those of an `Answer`.
+        width, height: of the picture, in pixels, before it is squeezed into the model's square.
+    """
+
+    picture: str
+    label: str
+    probability: float
+    logits: list[float]
+    width: int
+    height: int
+
+
+def look(model: nn.Module, files: Sequence[str | Path]) -> list[Sight]:
+    """What a classifier of images says about the picture in each file, in float32.
+
+    Raises:
+        TypeError: the model has no label names or reads no images, or `files` is one name.
+        FileNotFoundError, ValueError: a file is missing, or no picture (see
+            :func:`transferkit.pictures.decode`); or there are no files.
+    """
+    labels: Any = getattr(model, "labels", None)
+    if not (_looks(model) and labels):
+        raise TypeError(
+            f"the model {type(model).__name__} is no classifier of images: give one that "
+            "tk.models.load(name, labels=[...]) made for an image backbone"
+        )
+    if isinstance(files, str | Path):
+        raise TypeError("files is one name and a list is expected: pass [file]")
+    seen = [pictures.Picture(Path(file), *pictures.decode(file).size) for file in files]
+    asked = SimpleNamespace(kind="image", name="files", inputs=seen, labels=None)
+    said: Any = evaluation.predict(model, asked, precision="fp32")
+    return [
+        Sight(str(file), labels[best], float(shares.max()), logits.tolist(), one.width, one.height)
+        for file, one, best, shares, logits in zip(
+            files, seen, said.classes, said.probabilities, said.logits, strict=True
+        )
+    ]
+
+
+def _looks(model: nn.Module) -> bool:
+    return getattr(getattr(model, "prepare", None), "kind", "") == "image"
 
 
 def _is_whole(text: str) -> bool:
@@ -302,7 +352,7 @@ class Server(ThreadingHTTPServer):
         return _PAGE.format(lead=lead, title=title, result=result, limits=items)
 
 
-def _line(found: Answer) -> str:
+def _line(found: Answer | Sight) -> str:
     return json.dumps(asdict(found), ensure_ascii=False)
 
 
@@ -311,9 +361,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m transferkit.apply", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
-    predict = commands.add_parser("predict", help="print one line of JSON for each text")
+    predict = commands.add_parser("predict", help="print one line of JSON for each text or picture")
     predict.add_argument("model", help="folder that Run.save wrote")
-    predict.add_argument("text", nargs="*", help="without any: each line of the standard input")
+    told = "or files of pictures; without any: each line of the standard input"
+    predict.add_argument("text", nargs="*", help=told)
     serve = commands.add_parser("serve", help="serve a page to this machine")
     serve.add_argument("model", help="folder that Run.save wrote")
     serve.add_argument("--port", type=int, default=8000, help="0 takes any that is free")
@@ -324,7 +375,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         texts = [text for text in given.text or map(str.strip, sys.stdin) if text.strip()]
         if not texts:
             raise ValueError("there is no text: give some, or lines on the standard input")
-        for found in answer(checkpoint.load(given.model), texts):
+        model = checkpoint.load(given.model)
+        for found in (look if _looks(model) else answer)(model, texts):
             print(_line(found))
     except (OSError, ValueError, TypeError) as error:
         print(error, file=sys.stderr)

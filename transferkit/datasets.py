@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from transferkit import assets, claims
+from transferkit import assets, claims, pictures
 from transferkit.corpora import RECIPES, Column, Recipe, Table, read_csv
 
 
@@ -84,9 +84,10 @@ class DataCard:
 class Split:
     """Rows of a data set: named columns, labels, and the keys whose hashes decided the split.
 
-    ``split["text"]`` is a list, ``split["image"]`` an array uint8 (n, h, w); ``split.labels`` is
-    int64 (n,) or None; ``split.keys`` the group key of every row; ``split.kind`` is "text",
-    "image", "features" or "tokens" and ``split.inputs`` the column a model reads.
+    ``split["text"]`` is a list, ``split["image"]`` an array uint8 (n, h, w), or a list where sizes
+    may differ; ``split.labels`` is int64 (n,) or None; ``split.keys`` the group key of every row;
+    ``split.kind`` is "text", "image", "features" or "tokens" and ``split.inputs`` the column a
+    model reads.
     """
 
     def __init__(self, table: Table, indices: np.ndarray, name: str):
@@ -165,7 +166,7 @@ class Dataset:
     def __init__(self, name: str, table: Table, recipe: Recipe, texts: Mapping):
         self.name, self.labels = name, list(recipe.labels)
         self.feature_names = list(table.feature_names)
-        self._table, self._parts = table, _parts(table.keys, recipe)
+        self._table, self._parts = table, _parts(table.keys, recipe, table.labels)
         self.card = _card(name, table, recipe, self._parts, texts)
 
     def _split(self, part: str) -> Split:
@@ -217,11 +218,28 @@ class Dataset:
 _PARTS = ("train", "validation", "test")
 
 
-def _parts(keys: Sequence[str], recipe: Recipe) -> np.ndarray:
-    """The part of every row, from the hash of salt and key alone."""
+def _parts(keys: Sequence[str], recipe: Recipe, labels: np.ndarray | None = None) -> np.ndarray:
+    """The part of every row: from the hash of salt and key alone, or from its rank in the class."""
     train, validation = recipe.shares
     places = np.array([fraction(recipe.salt + key) for key in keys])
+    if recipe.stratified:
+        places = _ranked(places, labels)
     return np.select([places < train, places < train + validation], _PARTS[:2], _PARTS[2])
+
+
+def _ranked(places: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The share of a class's rows before the middle of each group, groups in order of `places`.
+
+    Rows of one place are a group. It counts as one of the class that most of its rows have.
+    """
+    order, group, sizes = np.unique(places, return_inverse=True, return_counts=True)
+    votes = np.zeros((len(order), labels.max() + 1))
+    np.add.at(votes, (group, labels), 1)
+    middle = np.empty(len(order))
+    for label in np.unique(votes.argmax(1)):
+        of = votes.argmax(1) == label
+        middle[of] = (np.cumsum(sizes[of]) - sizes[of] / 2) / sizes[of].sum()
+    return middle[group]
 
 
 def available() -> list[str]:
@@ -276,20 +294,91 @@ def from_csv(
     path = Path(path)
     table, labels = read_csv(path, text, label, group)
     unit = "the text's letters and digits" if group is None else f"the column {group!r}"
-    recipe = Recipe(lambda: table, labels, unit)
     texts = {
-        "title": "your own texts", "source": str(path), "licence": "yours to know",
-        "declared": "nothing", "origin": "yours to know", "citation": "none",
+        "title": "your own texts",
         "fields": {"text": f"the column {text!r}", "labels": f"the column {label!r}"},
         "problems": ["{repeated} rows repeat another, {conflicts} texts have two labels: removed."],
-    }  # fmt: skip
-    found = Dataset(path.stem, table, recipe, texts)
+    }
+    return _own(path, path.stem, table, Recipe(lambda: table, labels, unit), texts)
+
+
+def from_folder(
+    path: str | Path,
+    group: Callable[[Path], str] | None = None,
+    skip_unreadable: bool = False,
+) -> Dataset:
+    """Your own pictures, in one folder a class: copies and contradictions removed, then split.
+
+    Each folder in `path` is a class and gives it its name; its pictures may lie in folders inside.
+    Two pictures are the same if all their pixels are, however they were saved; what lies in two
+    classes is dropped. Each class is split 70/15/15 in the order of the hashes of its pictures (or
+    groups), so that five of a class are enough to begin with. Hidden files are passed over. Pixels
+    are read again when they are asked for: see :func:`transferkit.pictures.decode`.
+
+    Args:
+        group: takes the picture's path below `path` and returns the name of its group, whose
+            pictures stay on one side of the split, whatever their classes. For one folder an object
+            inside each class: ``lambda picture: str(picture.parent)``; for files such as
+            ``tom-1.jpg``: ``lambda picture: picture.stem.split("-")[0]``.
+        skip_unreadable: leave out files that cannot be read, and name them on the card.
+
+    Returns:
+        A data set as `load` returns it. ``split["image"]`` is a list of pictures, of which
+        ``np.asarray`` makes uint8 (h, w, 3), ``split["file"]`` their names.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds fewer than two class folders, or files beside them; a class folder is
+            empty, or called like a split; there is a link; a file cannot be read; or a class is
+            missing in train, validation or test.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> for at in range(20):
+        ...     folder = Path("photos", "dark" if at % 2 else "light")
+        ...     folder.mkdir(parents=True, exist_ok=True)
+        ...     Image.new("L", (8, 8), 100 + (-at if at % 2 else at)).save(folder / f"{at}.png")
+        >>> mine = tk.datasets.from_folder("photos")
+        >>> mine, mine.labels, mine.train["file"][0]
+        (Dataset(photos: train 14, validation 2, test 4), ['dark', 'light'], 'dark/1.png')
+    """
+    path = Path(path)
+    table, labels = pictures.read_folder(path.absolute(), group, skip_unreadable)
+    unit = "the picture's pixels" if group is None else "the picture's group"
+    texts = {
+        "title": "your own pictures",
+        "fields": {
+            "image": f"decoded when asked for, upright, RGB; {table.counts['sizes']} pixels",
+            "file": "the name below the folder",
+        },
+        "problems": [
+            "copies with equal pixels, removed: {repeated}.",
+            "the same picture in two classes, removed: {conflicts}.",
+            "files that cannot be read, left out: {broken}.",
+        ],
+    }
+    recipe = Recipe(lambda: table, labels, unit, stratified=True)
+    return _own(path, path.resolve().name, table, recipe, texts)
+
+
+def _own(path: Path, name: str, table: Table, recipe: Recipe, texts: Mapping) -> Dataset:
+    """A data set of somebody's own.
+
+    Raises:
+        ValueError: a label occurs only in some of train, validation and test.
+    """
+    unknown = "yours to know"
+    whose = {"source": str(path), "licence": unknown, "declared": "nothing", "origin": unknown}
+    found = Dataset(name, table, recipe, {**texts, **whose, "citation": "none"})
     for part in _PARTS:
-        held = np.bincount(table.labels[found._parts == part], minlength=len(labels))
+        held = np.bincount(table.labels[found._parts == part], minlength=len(recipe.labels))
         if not held.all():
+            label = held.argmin()
+            keys = [table.keys[at] for at in np.flatnonzero(table.labels == label)]
             raise ValueError(
-                f"{path}: no row labelled {labels[held.argmin()]!r} falls into {part}: give more "
-                "rows of each label"
+                f"{path}: no row labelled {recipe.labels[label]!r} falls into {part}: it has "
+                f"{len(keys)} rows in {len(set(keys))} groups; give more rows of each label"
             )
     return found
 
@@ -300,12 +389,13 @@ def _card(name: str, table: Table, recipe: Recipe, parts: np.ndarray, texts: Map
     sizes = ", ".join(f"{part} {np.sum(parts == part):,}" for part in _PARTS)
     shares = "/".join(f"{100 * s:.0f}" for s in (*recipe.shares, 1 - sum(recipe.shares)))
     salt = f" prefixed with {recipe.salt!r}" if recipe.salt else ""
+    each = " of each class" if recipe.stratified else ""
     return DataCard(
         name=name,
         **texts,
         size=f"{len(table.keys):,} rows: {sizes}",
         labels=recipe.labels,
-        split=f"{shares} % by the SHA-256 of {recipe.group}{salt}",
+        split=f"{shares} %{each} by the SHA-256 of {recipe.group}{salt}",
         problems=problems,
     )
 

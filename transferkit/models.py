@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from transferkit import assets, backbones, data, e5
+from transferkit import assets, backbones, data, e5, pictures
 from transferkit.layers import Staged
 
 State = dict[str, Tensor]
@@ -372,8 +372,11 @@ def image_inputs(size: int, mean: Sequence[float], std: Sequence[float]) -> Call
 
     def prepare(split, augment=None):
         _check_kind(split, "image")
-        return data.images(split.inputs, split.labels, size, mean, std, augment=augment)
+        images = split.inputs  # an array, or a list of pictures of any size
+        images = pictures.resized(images, size) if isinstance(images, list) else images
+        return data.images(images, split.labels, size, mean, std, augment=augment)
 
+    prepare.kind = "image"
     return prepare
 
 

@@ -76,6 +76,14 @@ def test_the_example_of_every_public_name_shows_what_happens(name):
     assert "".join(run(text, name)) == ""
 
 
+@pytest.mark.parametrize("module", ["apply", "datasets"])  # where a reader's own data come in
+def test_other_examples_show_what_happens(module):
+    shown = api.public(importlib.import_module(f"transferkit.{module}"))
+    texts = {name: text for name, value in shown if (text := example(value))}
+    assert texts
+    assert "".join(line for name, text in texts.items() for line in run(text, name)) == ""
+
+
 def test_an_example_that_shows_what_does_not_happen_is_found():
     assert "Got:\n    2" in "".join(run(">>> 1 + 1\n3\n", "wrong"))
     assert run(">>> 1 + 1\n2\n", "right") == []

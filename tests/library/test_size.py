@@ -73,7 +73,7 @@ def test_the_core_can_be_read_in_an_evening():
 
 def test_the_whole_library_stays_under_its_limit_of_lines_of_code():
     sizes = {path.name: lines_of_code(path.read_text("utf-8")) for path in FILES}
-    assert sum(sizes.values()) <= 7500, sizes
+    assert sum(sizes.values()) <= 7800, sizes
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -168,6 +168,23 @@ def test_the_repaired_listing_gets_a_new_head_and_leaves_validation_alone(repair
     assert all(value.equal(buffers[name]) for name, value in model.named_buffers())
 
 
+def test_the_printed_loop_ends_with_a_model_that_its_own_validation_had_refused():
+    x, y = torch.randn(64, 2), torch.arange(64) % 2
+    x[:, 0] = 2.0 * y - 1
+    model = nn.Linear(2, 2)
+    model.weight.data = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
+    printed = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(10):  # it is taught the opposite of what it is asked
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), 1 - y).backward()
+        optimizer.step()
+        with torch.no_grad():
+            printed.append((torch.max(model(x).data, 1)[1] == y).float().mean().item())
+    assert printed[0] == max(printed) == 1 and printed[-1] == 0
+    assert (model(x).argmax(1) == y).float().mean() == printed[-1]
+
+
 class OneOrTwo(nn.Module):
     """A classifier of items with one or two inputs, which share their first layer."""
 
