@@ -191,6 +191,25 @@ def test_only_a_browser_that_left_is_passed_over_in_silence(server, capsys):
     assert "gone" not in said
 
 
+def test_where_the_model_fails_the_asker_gets_a_page_and_the_terminal_the_traceback(
+    server, monkeypatch, capsys
+):
+    def fails(*_):
+        raise RuntimeError("a hole in the model")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(server.model, "forward", fails)
+        response, page = ask(server, "POST", "/", form("很好"))
+        assert response.status == 500
+        assert 'role="alert"' in page and "could not answer" in page
+        assert "RuntimeError: a hole in the model" in capsys.readouterr().err
+        response, text = ask(server, "POST", "/predict", '{"text": "很好"}')
+        assert response.status == 500
+        assert "could not answer" in json.loads(text)["error"]
+        assert "hole" not in page + text
+    assert ask(server, "POST", "/", form("很好"))[0].status == 200
+
+
 def test_the_title_says_first_what_is_new(server):
     for text, news in (("很好的书", "good"), ("", "Type a text first.")):
         assert (
