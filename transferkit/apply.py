@@ -233,11 +233,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(lambda text: _line(self.server.answer(text)), text, "json")
 
     def _answer(self, said: Callable[[str], str], text: str, kind: str) -> None:
+        # Whatever the model raises: whoever serves it sees where, and the asker that it was so.
         try:
             answer = said(text)
-        except (
-            Exception
-        ):  # of the model, whatever it is: whoever serves it sees where, not the asker
+        except Exception:
             traceback.print_exc()
             what = "The model could not answer. The terminal that serves it shows why."
             if kind == "html":
