@@ -157,8 +157,19 @@ class Lab:
         return self.notebook()["metadata"].get("transferkit", {})
 
     def result(self) -> dict | None:
-        """Return the executed notebook, or None where the lab was not executed."""
-        return read(self.executed) if self.executed.exists() else None
+        """Return the executed notebook, or None where the lab was not executed.
+
+        Its text is that of the source today: words may change without a new run.
+        """
+        if not self.executed.exists():
+            return None
+        result, written = read(self.executed), self.notebook()
+        ran = [cell for _, cell in code_cells(result)]
+        if [source(cell) for cell in ran] != [source(c) for _, c in code_cells(written)]:
+            return result  # the code changed: what was executed is shown as it was
+        outputs = iter(ran)
+        cells = [next(outputs) if c["cell_type"] == "code" else c for c in written["cells"]]
+        return {**result, "cells": cells}
 
     def run(self) -> dict:
         """Return the stamp of the last execution, {} where there was none."""

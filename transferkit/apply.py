@@ -18,8 +18,9 @@ import html
 import json
 import sys
 import threading
+import traceback
 import urllib.parse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -245,7 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/":
             fields = urllib.parse.parse_qs(body.decode("utf-8", "replace"))
             if text := fields.get("text", [""])[0].strip():
-                self._send(HTTPStatus.OK, self.server.page_answer(text), "html")
+                self._answer(self.server.page_answer, text, "html")
             else:
                 self._refuse("Type a text first.", HTTPStatus.OK)
         else:
@@ -279,7 +280,21 @@ class _Handler(BaseHTTPRequestHandler):
             what = {"error": 'send {"text": "…"} with a text that is not empty'}
             self._send(HTTPStatus.BAD_REQUEST, json.dumps(what, ensure_ascii=False), "json")
         else:
-            self._send(HTTPStatus.OK, _line(self.server.answer(text)), "json")
+            self._answer(lambda text: _line(self.server.answer(text)), text, "json")
+
+    def _answer(self, said: Callable[[str], str], text: str, kind: str) -> None:
+        # Whatever the model raises: whoever serves it sees where, and the asker that it was so.
+        try:
+            answer = said(text)
+        except Exception:
+            traceback.print_exc()
+            what = "The model could not answer. The terminal that serves it shows why."
+            if kind == "html":
+                self._refuse(what, HTTPStatus.INTERNAL_SERVER_ERROR)
+            else:
+                self._send(HTTPStatus.INTERNAL_SERVER_ERROR, json.dumps({"error": what}), kind)
+        else:
+            self._send(HTTPStatus.OK, answer, kind)
 
     def _refuse(self, what: str, status: HTTPStatus) -> None:
         alert = f'<p role="alert"><strong>{html.escape(what)}</strong></p>'

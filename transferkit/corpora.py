@@ -241,8 +241,17 @@ def read_zh_reviews() -> Table:
 
 
 def _letters(text: str) -> str:
-    """What identifies a text: its letters and digits, in compatible form and lower case."""
-    return "".join(c for c in unicodedata.normalize("NFKC", text).lower() if c.isalnum())
+    """What identifies a text: its letters with their signs, and its digits, in one form and case.
+
+    Many scripts write vowels as marks beside a letter (कि and की), so marks count. Those that only
+    choose how the character before them is drawn do not.
+    """
+    whole = unicodedata.normalize("NFKC", text).lower()
+    return "".join(
+        c for c in whole
+        if c.isalnum()
+        or (unicodedata.category(c) in ("Mc", "Mn") and not "\ufe00" <= c <= "\ufe0f")
+    )  # fmt: skip
 
 
 def _shorter(entry: tuple[str, str]) -> tuple[int, str]:

@@ -153,10 +153,12 @@ class Distillation(_Around):
 
     where L is the inner objective. The factor T² keeps the gradient of the second term of one size
     while T changes; for large T it tends to $(z - v)/C$ for logits of mean 0. The teacher sees what
-    the model saw, mixed inputs included. Evaluation looks at the inner objective alone.
+    the model saw, mixed inputs included, and n counts these rows: those of both domains around an
+    adaptation, both views of an item around `contrastive()`. Evaluation looks at the inner
+    objective alone.
 
     Args:
-        objective: one that calls the model once and scores logits `(n, C)`.
+        objective: one that calls the model once, for outputs `(n, C)`.
         teacher: a model of the same inputs and C outputs; a copy of it is kept, in eval mode, and
             is not trained.
         temperature: T, above 0.
@@ -193,7 +195,7 @@ class Distillation(_Around):
         object.__setattr__(self, "origin", weights_hash(tensors_of(self.teacher)))
 
     def counts(self, batch: Batch) -> tuple[Number, ...]:
-        """The counts of the inner objective, then the number of items."""
+        """The counts of an additive inner objective, then the number of items: a row for each."""
         return (*self.objective.counts(batch), len(batch))
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
@@ -220,7 +222,7 @@ class Distillation(_Around):
             for logits in (outputs, taught)
         )
         total = F.kl_div(soft, target, reduction="sum", log_target=True) * self.temperature**2
-        terms = _terms(hard, 1 - self.weight) | {"teacher": (self.weight, total, len(batch))}
+        terms = _terms(hard, 1 - self.weight) | {"teacher": (self.weight, total, len(outputs))}
         return Loss.terms(terms)
 
 

@@ -185,10 +185,12 @@ def evidence(features: Any, targets: Any) -> list[Evidence]:
     """The largest evidence of a Bayesian linear regression, for each column of targets.
 
     The model is `y = F w + noise`, with `w ~ N(0, I / alpha)` and `noise ~ N(0, I / beta)`, and
-    without an intercept. The evidence, the density of `y` with `w` integrated out, is made as large
-    as possible by MacKay's fixed point in `alpha / beta`. That ratio is kept within 1e-12 of the
-    largest eigenvalue of `F'F`, either way: with at least as many directions as items the optimum
-    may lie at no noise at all, and with features that say nothing at weights of exactly zero.
+    without an intercept. The evidence, the density of `y` with `w` integrated out, is raised to a
+    peak by MacKay's fixed point in `alpha / beta`, from the largest eigenvalue of `F'F` over `n`.
+    For features that say next to nothing there can be a second peak, and it may be the higher one.
+    The ratio is kept within 1e-12 of that eigenvalue, either way: with at least as many directions
+    as items the optimum may lie at no noise at all, and with features that say nothing at weights
+    of exactly zero.
 
     Args:
         features: `(n, D)`.

@@ -40,6 +40,7 @@ def reached(code):
         ("import transferkit.plan", {"__init__", "plan"}),
         ("import torch", {"__init__"}),
         ("%matplotlib inline\nfrom transferkit import fit", {"__init__", "engine", "plan"}),
+        ("subprocess.run(['python', '-m', 'transferkit.assets'])", {"__init__", "assets", "plan"}),
     ],
 )
 def test_modules_are_found_through_lazy_names_and_other_modules(package, code, modules):
@@ -75,12 +76,50 @@ def test_a_changed_module_changes_the_key_of_the_labs_that_reach_it(package, boo
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("range(42)", "range(43)"), ("# Lab: small", "# Lab"), ("small.count", "small.n")],
+    [("range(42)", "range(43)"), ("small.count", "small.n")],
 )
 def test_a_changed_cell_or_declaration_changes_the_key(book, old, new):
     before = keys.key(book.lab("small"), "cpu")
     tiny.replace(book.lab("small").source, old, new)
     assert keys.key(book.lab("small"), "cpu") != before
+
+
+def test_changed_words_change_no_key_and_are_shown_beside_the_old_outputs(book):
+    lab = book.lab("small")
+    before = keys.key(lab, "cpu")
+    tiny.replace(lab.source, "# Lab: small", "# Lab: little")
+    assert keys.key(lab, "cpu") == before
+    cells = lab.result()["cells"]
+    assert "# Lab: little" in labs.source(cells[0])
+    assert lab.claims()["small.share"]["value"] == 0.75
+
+
+def test_changed_code_is_never_shown_beside_outputs_that_it_did_not_make(book):
+    lab = book.lab("small")
+    tiny.replace(lab.source, "range(42)", "range(43)")
+    code = [labs.source(cell) for _, cell in labs.code_cells(lab.result())]
+    assert any("range(42)" in text for text in code)
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("claims", "def claim():\n", '# why\ndef claim():\n    """Say it."""\n'),
+        ("__init__", '"fit"', '"elsewhere": "plan", "fit"'),
+    ],
+)
+def test_comments_docstrings_and_other_public_names_change_no_key(package, book, module, old, new):
+    before = keys.key(book.lab("small"), "cpu")
+    tiny.replace(package / f"{module}.py", old, new)
+    assert keys.key(book.lab("small"), "cpu") == before
+
+
+def test_only_the_module_that_rebuilds_a_labs_own_model_may_import_by_name(package):
+    import_by_name = "import importlib\nimportlib.import_module(name)\n"
+    tiny.write(package / f"{keys.REBUILDS}.py", import_by_name)
+    assert reached(f"import transferkit.{keys.REBUILDS}") == {"__init__", keys.REBUILDS}
+    tiny.write(package / "plan.py", import_by_name)
+    assert "assets" in reached("import transferkit.plan")
 
 
 def test_the_profile_is_in_the_key_and_stored_outputs_are_not(book):

@@ -1,41 +1,22 @@
 """The page of a saved model in a real browser: type a text, press the button, read the label."""
 
-import threading
-
+import classifiers
 import pytest
-import torch
 import visit
 
-import transferkit as tk
 from transferkit import apply
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """A served model that calls a text with 好 good and one with 差 bad."""
-    import transformers
-
-    folder = tmp_path_factory.mktemp("served")
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"很好差的书房间"]
-    config = transformers.BertConfig(
-        vocab_size=len(pieces), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32,
+    model = classifiers.saved(
+        tmp_path_factory.mktemp("served"), "很好差的书房间",
+        ["很好的书", "房间很好", "差的书", "房间很差"] * 8, [1, 1, 0, 0] * 8,
+        labels=["negative", "positive"], length=16, epochs=30,
     )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.BertModel(config).save_pretrained(folder / "bert")
-    vocabulary = {piece: at for at, piece in enumerate(pieces)}
-    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder / "bert")
-    model = tk.models.load(str(folder / "bert"), labels=["negative", "positive"], max_length=16)
-    texts = ["很好的书", "房间很好", "差的书", "房间很差"] * 8
-    rows = tk.data.texts(texts, [1, 1, 0, 0] * 8, model.prepare.tokenizer, 16)
-    plan = tk.finetune(30, lr=1e-2)
-    tk.fit(model, tk.classification(), rows, plan=plan, device="cpu").save(folder / "model")
-    with apply.Server(folder / "model", port=0) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with classifiers.served(model) as server:
         yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-        thread.join()
 
 
 class Served(visit.Visit):

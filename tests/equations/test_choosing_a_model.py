@@ -1,13 +1,11 @@
 """The formulas of the chapter on choosing a model, each computed in another way than the lab."""
 
-import ast
 import itertools
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
+from derivations import definitions, names_of
 from flips import with_one_sign_turned
 from sklearn.linear_model import Ridge
 from sklearn.metrics import mutual_info_score
@@ -16,30 +14,14 @@ from torch import nn
 import transferkit as tk
 from transferkit import transferability
 
-LAB = Path(__file__).parents[2] / "notebooks" / "fine-tuning" / "choosing-a-model.ipynb"
+LAB = definitions("fine-tuning/choosing-a-model")
 
 
 # -- the lab's functions, and the same with one sign turned round ---------------------------------
 
 
-def definition(name):
-    """The syntax tree of a function of the lab."""
-    cells = json.loads(LAB.read_text(encoding="utf-8"))["cells"]
-    trees = [ast.parse("".join(c["source"])) for c in cells if c["cell_type"] == "code"]
-    nodes = (node for tree in trees for node in tree.body)
-    (found,) = (n for n in nodes if isinstance(n, ast.FunctionDef) and n.name == name)
-    return found
-
-
-def made_from(node):
-    names = {"np": np}
-    module = ast.fix_missing_locations(ast.Module([node], type_ignores=[]))
-    exec(compile(module, LAB.name, "exec"), names)
-    return names[node.name]
-
-
 def of_the_lab(name):
-    return made_from(definition(name))
+    return names_of([LAB[name]])(name)
 
 
 # -- tools ----------------------------------------------------------------------------------------
@@ -271,8 +253,8 @@ SEEN_BY = {
 @pytest.mark.equation("eq-choosing-evidence", "eq-choosing-slopes", "eq-choosing-kendall")
 @pytest.mark.parametrize("name", SEEN_BY)
 def test_one_sign_turned_round_in_a_derivation_is_seen(name):
-    wrong = list(with_one_sign_turned(definition(name)))
+    wrong = list(with_one_sign_turned(LAB[name]))
     assert wrong
     for tree in wrong:
         with np.errstate(all="ignore"), pytest.raises((AssertionError, ValueError)):
-            SEEN_BY[name](made_from(tree))
+            SEEN_BY[name](names_of([tree])(name))

@@ -1,49 +1,31 @@
 """The formulas of *Loss functions*: the lab's derivations against SciPy and finite differences."""
 
-import ast
-import json
 import math
 from dataclasses import dataclass
 from decimal import Decimal, getcontext
-from pathlib import Path
 
 import numpy as np
 import pytest
 import sklearn.metrics
 import torch
+from derivations import definitions, names_of
 from flips import with_one_sign_turned
 from scipy import optimize, special, stats
 from torch import nn
 
 import transferkit as tk
 
-LAB = Path(__file__).parents[2] / "notebooks" / "loss-math" / "losses.ipynb"
+LAB = "loss-math/losses"
+IMPORTED = {"dataclass": dataclass, "minimize_scalar": optimize.minimize_scalar}
 
 
 # -- the lab's functions, and the same with one sign turned round ---------------------------------
 
 
-def definitions():
-    """The functions and classes of the lab, by name, as syntax trees."""
-    cells = json.loads(LAB.read_text(encoding="utf-8"))["cells"]
-    trees = [ast.parse("".join(c["source"])) for c in cells if c["cell_type"] == "code"]
-    nodes = (node for tree in trees for node in tree.body)
-    return {n.name: n for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-
-
-def names_of(nodes):
-    """The names that definitions of the lab make, with nothing but what the lab imports."""
-    names = {"__name__": "lab", "np": np, "torch": torch, "nn": nn, "tk": tk}
-    names |= {"dataclass": dataclass, "minimize_scalar": optimize.minimize_scalar}
-    module = ast.fix_missing_locations(ast.Module(list(nodes), type_ignores=[]))
-    exec(compile(module, LAB.name, "exec"), names)
-    return names.__getitem__
-
-
 @pytest.fixture(scope="module")
 def lab():
     """lab(name) gives what the lab calls so."""
-    return names_of(definitions().values())
+    return names_of(definitions(LAB).values(), **IMPORTED)
 
 
 # -- tools ----------------------------------------------------------------------------------------
@@ -498,9 +480,9 @@ SEEN_BY = {
 )
 @pytest.mark.parametrize("name", SEEN_BY)
 def test_one_sign_turned_round_in_a_derivation_is_seen(name):
-    nodes = definitions()
+    nodes = definitions(LAB)
     wrong = list(with_one_sign_turned(nodes[name]))
     assert wrong
     for tree in wrong:
         with np.errstate(all="ignore"), pytest.raises(AssertionError):
-            SEEN_BY[name](names_of((nodes | {name: tree}).values()))
+            SEEN_BY[name](names_of((nodes | {name: tree}).values(), **IMPORTED))

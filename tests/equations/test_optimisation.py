@@ -1,44 +1,28 @@
 """The formulas of *Optimisation*: the lab's rules against torch's, closed forms and sums."""
 
-import ast
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from derivations import definitions, names_of
 from flips import with_one_sign_turned
 from scipy import optimize, stats
 from torch import nn
 
 import transferkit as tk
 
-LAB = Path(__file__).parents[2] / "notebooks" / "loss-math" / "optimisation.ipynb"
+LAB = "loss-math/optimisation"
+IMPORTED = {"SEED": 0, "BATCH": 16}
 
 
 # -- the lab's functions, and the same with one sign turned round ---------------------------------
 
 
-def definitions():
-    """The functions of the lab, by name, as syntax trees."""
-    cells = json.loads(LAB.read_text(encoding="utf-8"))["cells"]
-    trees = [ast.parse("".join(c["source"])) for c in cells if c["cell_type"] == "code"]
-    return {n.name: n for tree in trees for n in tree.body if isinstance(n, ast.FunctionDef)}
-
-
-def names_of(nodes):
-    """The names that definitions of the lab make, with nothing but what the lab imports."""
-    names = {"np": np, "torch": torch, "nn": nn, "tk": tk, "SEED": 0, "BATCH": 16}
-    module = ast.fix_missing_locations(ast.Module(list(nodes), type_ignores=[]))
-    exec(compile(module, LAB.name, "exec"), names)
-    return names.__getitem__
-
-
 @pytest.fixture(scope="module")
 def lab():
     """lab(name) gives what the lab calls so."""
-    return names_of(definitions().values())
+    return names_of(definitions(LAB).values(), **IMPORTED)
 
 
 def close(ours, expected, rel=1e-10, abs=1e-12):
@@ -447,9 +431,9 @@ SEEN_BY = {
 )
 @pytest.mark.parametrize("name", SEEN_BY)
 def test_one_sign_turned_round_in_a_derivation_is_seen(name):
-    nodes = definitions()
+    nodes = definitions(LAB)
     wrong = list(with_one_sign_turned(nodes[name]))
     assert wrong
     for tree in wrong:
         with np.errstate(all="ignore"), pytest.raises(SEEN):
-            SEEN_BY[name](names_of((nodes | {name: tree}).values()))
+            SEEN_BY[name](names_of((nodes | {name: tree}).values(), **IMPORTED))

@@ -1,14 +1,12 @@
 """The formulas of *Regularisation*, each computed in another way than the lab does."""
 
-import ast
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from derivations import definitions, names_of
 from flips import signs, with_one_sign_turned
 from scipy import integrate, optimize, special, stats
 from test_losses import close, slopes
@@ -16,30 +14,14 @@ from torch import nn
 
 import transferkit as tk
 
-LAB = Path(__file__).parents[2] / "notebooks" / "loss-math" / "regularisation.ipynb"
-
-
-def definitions():
-    """The functions and classes of the lab, by name, as syntax trees."""
-    cells = json.loads(LAB.read_text(encoding="utf-8"))["cells"]
-    trees = [ast.parse("".join(c["source"])) for c in cells if c["cell_type"] == "code"]
-    nodes = (node for tree in trees for node in tree.body)
-    return {n.name: n for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-
-
-def names_of(nodes):
-    """The names that definitions of the lab make, with nothing but what the lab imports."""
-    names = {"__name__": "lab", "np": np, "torch": torch, "nn": nn, "tk": tk}
-    names |= {"dataclass": dataclass, "log_softmax": special.log_softmax}
-    module = ast.fix_missing_locations(ast.Module(list(nodes), type_ignores=[]))
-    exec(compile(module, LAB.name, "exec"), names)
-    return names.__getitem__
+LAB = "loss-math/regularisation"
+IMPORTED = {"dataclass": dataclass, "log_softmax": special.log_softmax}
 
 
 @pytest.fixture(scope="module")
 def lab():
     """lab(name) gives what the lab calls so."""
-    return names_of(definitions().values())
+    return names_of(definitions(LAB).values(), **IMPORTED)
 
 
 # -- penalties and early stopping on a quadratic --------------------------------------------------
@@ -539,12 +521,12 @@ SEEN_BY = {
     "climb": lambda lab: test_projected_ascent_ends_where_a_constrained_search_does(lab, "l2"),
 }  # fmt: skip
 
-PLANTED = [(name, at) for name in SEEN_BY for at, _ in enumerate(signs(definitions()[name]))]
+PLANTED = [(name, at) for name in SEEN_BY for at, _ in enumerate(signs(definitions(LAB)[name]))]
 
 
 @pytest.mark.equation("eq-regularisation-l2-share", "eq-regularisation-fgm")
 def test_every_derivation_with_a_sign_is_among_those_that_are_broken():
-    pure = {name for name, node in definitions().items() if any(True for _ in signs(node))}
+    pure = {name for name, node in definitions(LAB).items() if any(True for _ in signs(node))}
     tools = {"squares", "error", "stopped", "dropped", "parity", "tune", "moved", "pixels",
              "attacked", "shaken", "first_step", "with_temperature"}  # fmt: skip
     assert pure - tools <= set(SEEN_BY)
@@ -568,8 +550,8 @@ def test_every_derivation_with_a_sign_is_among_those_that_are_broken():
 )
 @pytest.mark.parametrize(("name", "at"), PLANTED, ids=[f"{n}-{at}" for n, at in PLANTED])
 def test_one_sign_turned_round_in_a_derivation_is_seen(name, at):
-    nodes = definitions()
+    nodes = definitions(LAB)
     tree = list(with_one_sign_turned(nodes[name]))[at]
-    broken = names_of((nodes | {name: tree}).values())
+    broken = names_of((nodes | {name: tree}).values(), **IMPORTED)
     with np.errstate(all="ignore"), pytest.raises((AssertionError, ValueError)):
         SEEN_BY[name](broken)

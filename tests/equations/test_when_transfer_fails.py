@@ -1,15 +1,13 @@
 """The formulas of *When transfer fails*: the lab against brute force and exact cases."""
 
-import ast
 import itertools
-import json
 import math
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from derivations import definitions, names_of
 from flips import with_one_sign_turned
 from scipy import optimize, special, stats
 from scipy.spatial import distance
@@ -18,32 +16,17 @@ from torch.nn import functional as F
 
 import transferkit as tk
 
-LAB = Path(__file__).parents[2] / "notebooks" / "loss-math" / "when-transfer-fails.ipynb"
+LAB = "loss-math/when-transfer-fails"
+IMPORTED = {"F": F}
 
 
 # -- the lab's functions, and the same with one sign turned round ---------------------------------
 
 
-def definitions():
-    """The functions and classes of the lab, by name, as syntax trees."""
-    cells = json.loads(LAB.read_text(encoding="utf-8"))["cells"]
-    trees = [ast.parse("".join(c["source"])) for c in cells if c["cell_type"] == "code"]
-    nodes = (node for tree in trees for node in tree.body)
-    return {n.name: n for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-
-
-def names_of(nodes):
-    """The names that definitions of the lab make, with nothing but what the lab imports."""
-    names = {"__name__": "lab", "np": np, "torch": torch, "nn": nn, "F": F, "tk": tk}
-    module = ast.fix_missing_locations(ast.Module(list(nodes), type_ignores=[]))
-    exec(compile(module, LAB.name, "exec"), names)
-    return names.__getitem__
-
-
 @pytest.fixture(scope="module")
 def lab():
     """lab(name) gives what the lab calls so."""
-    return names_of(definitions().values())
+    return names_of(definitions(LAB).values(), **IMPORTED)
 
 
 # -- tools ----------------------------------------------------------------------------------------
@@ -566,9 +549,9 @@ SEEN_BY = {
 )
 @pytest.mark.parametrize("name", SEEN_BY)
 def test_one_sign_turned_round_in_a_derivation_is_seen(name):
-    nodes = definitions()
+    nodes = definitions(LAB)
     wrong = list(with_one_sign_turned(nodes[name]))
     assert wrong
     for tree in wrong:
         with np.errstate(all="ignore"), pytest.raises((AssertionError, ValueError)):
-            SEEN_BY[name](names_of((nodes | {name: tree}).values()))
+            SEEN_BY[name](names_of((nodes | {name: tree}).values(), **IMPORTED))

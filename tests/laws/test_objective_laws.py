@@ -433,6 +433,27 @@ def test_at_high_temperature_the_gradient_is_that_of_matching_logits():
     assert errors[0] < 0.05 * limit.norm() and errors[1] < 0.15 * errors[0]
 
 
+@pytest.mark.parametrize("name", ["both domains", "both views"])
+def test_around_a_batch_coupled_objective_the_teacher_speaks_of_every_row_once(name):
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 5, 4, generator=generator).double()
+    if name == "both domains":
+        pairs, inner = tk.pair((first, torch.arange(5) % 3), second), tk.align(tk.coral)
+        batch, rows = pairs.fetch(range(5), 0, 0), torch.cat([first, second])
+    else:
+        batch = data.Batch(torch.stack([first, second], 1), None, torch.arange(5))
+        inner, rows = tk.contrastive(), batch.inputs.flatten(0, 1)
+    torch.manual_seed(0)
+    model, teacher = (
+        tk.Staged([("body", nn.Linear(4, 6)), ("head", nn.Linear(6, 3))]).double() for _ in range(2)
+    )
+    found = tk.distillation(inner, teacher, temperature=2.0, weight=1.0)(model, batch)
+    old, new = (torch.softmax(m(rows) / 2.0, 1) for m in (teacher, model))
+    each = 2.0**2 * (old * (old / new).log()).sum(1)
+    torch.testing.assert_close(found.mean(), each.mean())
+    assert dict(zip(found.names, found.counts, strict=True))["teacher"] == 10
+
+
 def test_an_adversarial_step_that_fails_leaves_no_hook_behind():
     model, items = tiny_encoder(), some_texts(3).fetch(range(3), 0, 0)
     items.labels = None

@@ -11,9 +11,9 @@ import sys
 import threading
 import urllib.parse
 
+import classifiers
 import numpy as np
 import pytest
-import torch
 from torch import nn
 
 import transferkit as tk
@@ -25,33 +25,17 @@ TEXTS = ["很好的书", "房间不好，不再来"]
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with a small fine-tuned BERT of eleven characters."""
-    import transformers
-
-    folder = tmp_path_factory.mktemp("apply")
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"很好的书房间不再来，。"]
-    config = transformers.BertConfig(
-        vocab_size=len(pieces), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32,
+    return classifiers.saved(
+        tmp_path_factory.mktemp("apply"), "很好的书房间不再来，。", TEXTS * 8, [1, 0] * 8,
+        labels=["bad <b>", "good"], length=8, epochs=20,
+        notes={"Limitations": "It knows 11 characters & no more."},
     )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.BertModel(config).save_pretrained(folder / "bert")
-    vocabulary = {piece: at for at, piece in enumerate(pieces)}
-    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder / "bert")
-    model = tk.models.load(str(folder / "bert"), labels=["bad <b>", "good"], max_length=8)
-    rows = tk.data.texts(TEXTS * 8, [1, 0] * 8, model.prepare.tokenizer, 8)
-    plan = tk.finetune(20, lr=1e-2)
-    run = tk.fit(model, tk.classification(), rows, plan=plan, precision="fp32", device="cpu")
-    return run.save(folder / "model", notes={"Limitations": "It knows 11 characters & no more."})
 
 
 @pytest.fixture(scope="module")
 def server(saved):
-    with apply.Server(saved, port=0) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with classifiers.served(saved) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def ask(server, method, path, body=None, **headers):
@@ -189,6 +173,25 @@ def test_only_a_browser_that_left_is_passed_over_in_silence(server, capsys):
     said = capsys.readouterr().err
     assert "a bug" in said
     assert "gone" not in said
+
+
+def test_where_the_model_fails_the_asker_gets_a_page_and_the_terminal_the_traceback(
+    server, monkeypatch, capsys
+):
+    def fails(*_):
+        raise RuntimeError("a hole in the model")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(server.model, "forward", fails)
+        response, page = ask(server, "POST", "/", form("很好"))
+        assert response.status == 500
+        assert 'role="alert"' in page and "could not answer" in page
+        assert "RuntimeError: a hole in the model" in capsys.readouterr().err
+        response, text = ask(server, "POST", "/predict", '{"text": "很好"}')
+        assert response.status == 500
+        assert "could not answer" in json.loads(text)["error"]
+        assert "hole" not in page + text
+    assert ask(server, "POST", "/", form("很好"))[0].status == 200
 
 
 def test_the_title_says_first_what_is_new(server):

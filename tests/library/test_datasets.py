@@ -382,6 +382,22 @@ def test_copies_and_contradictions_leave_before_the_split(tmp_path):
     assert "1 rows repeat another, 1 texts have two labels" in str(mine.card)
 
 
+def test_texts_that_differ_in_a_vowel_sign_or_a_tone_mark_are_two(tmp_path):
+    words = "की कि कु के को", "ทั ที่ ที้ ที ทุ"
+    rows = [
+        f"{word} {i},{'xy'[i % 2]}" for i in range(20) for line in words for word in line.split()
+    ]
+    mine = datasets.from_csv(table(tmp_path / "mine.csv", rows))
+    assert sum(map(len, (mine.train, mine.validation, mine._split("test")))) == len(rows)
+    assert "0 rows repeat another, 0 texts have two labels" in str(mine.card)
+
+
+def test_how_a_character_is_drawn_makes_no_other_text(tmp_path):
+    rows = [*MANY, "a number 3 \u263a\ufe0f,x", "a numbe\uff52 3 \u263a,x"]
+    mine = datasets.from_csv(table(tmp_path / "mine.csv", rows))
+    assert "2 rows repeat another, 0 texts have two labels" in str(mine.card)
+
+
 def test_rows_of_one_group_stay_on_one_side_and_labels_are_sorted_by_name(tmp_path):
     rows = [f"{row},{i % 30}" for i, row in enumerate(MANY)]
     path = table(tmp_path / "mine.csv", rows, "text,label,writer")
