@@ -122,7 +122,7 @@ class Sight:
     height: int
 
 
-def look(model: nn.Module, files: Sequence[str | Path]) -> list[Sight]:
+def look(model: nn.Module, files: Iterable[str | Path]) -> list[Sight]:
     """What a classifier of images says about the picture in each file, in float32.
 
     Raises:
@@ -142,11 +142,14 @@ def look(model: nn.Module, files: Sequence[str | Path]) -> list[Sight]:
     asked = SimpleNamespace(kind="image", name="files", inputs=seen, labels=None)
     said: Any = evaluation.predict(model, asked, precision="fp32")
     return [
-        Sight(str(file), labels[best], float(shares.max()), logits.tolist(), one.width, one.height)
-        for file, one, best, shares, logits in zip(
-            files, seen, said.classes, said.probabilities, said.logits, strict=True
+        Sight(
+            picture=str(one.path), label=labels[best], probability=float(shares.max()),
+            logits=logits.tolist(), width=one.width, height=one.height,
         )
-    ]
+        for one, best, shares, logits in zip(
+            seen, said.classes, said.probabilities, said.logits, strict=True
+        )
+    ]  # fmt: skip
 
 
 def _looks(model: nn.Module) -> bool:

@@ -445,6 +445,16 @@ def test_a_fresh_process_reads_pictures_from_the_command_line(classifier):
     assert [line["picture"] for line in lines] == files
 
 
+def test_pictures_may_come_one_by_one_and_alone_or_together(classifier):
+    model, files = tk.load(classifier / "model"), [classifier / "day.jpg", classifier / "night.png"]
+    together = apply.look(model, (file for file in files))  # as Path.glob gives them
+    assert [one.picture for one in together] == list(map(str, files))
+    alone = [apply.look(model, [file])[0].logits for file in files]
+    assert np.allclose([one.logits for one in together], alone, atol=1e-5)
+    with pytest.raises(ValueError, match="the data are empty"):
+        apply.look(model, [])
+
+
 def test_a_missing_or_broken_picture_ends_with_a_message(classifier, capsys):
     assert apply.main(["predict", str(classifier / "model"), "nowhere.png"]) == 1
     assert "there is no file 'nowhere.png'" in capsys.readouterr().err
