@@ -28,7 +28,9 @@ def test_the_gradient_of_the_features_is_the_head_transposed_times_the_residual(
     for at in range(5):
         step = 1e-6 * F.one_hot(torch.tensor(at), 5)
         above, below = (F.cross_entropy(head(features + s), torch.tensor(2)) for s in (step, -step))
-        assert float(ours[at].detach()) == pytest.approx(float(((above - below) / 2e-6).detach()), abs=1e-8)
+        assert float(ours[at].detach()) == pytest.approx(
+            float(((above - below) / 2e-6).detach()), abs=1e-8
+        )
 
 
 @pytest.mark.equation("eq-strategies-feature-gradient")
@@ -102,7 +104,7 @@ def test_adams_first_step_is_the_groups_rate_times_the_root_of_its_size(decay):
     before = [parameter.detach().clone() for parameter in model.parameters()]
     (100 * F.cross_entropy(model(torch.randn(20, 6)), torch.randint(2, (20,)))).backward()
     optimizer.step()
-    gone = [float((p - q).norm()) for p, q in zip(model.parameters(), before, strict=True)]
+    gone = [float((p - q).detach().norm()) for p, q in zip(model.parameters(), before, strict=True)]
     sizes = [parameter.numel() for parameter in model.parameters()]
     for depth, at in enumerate((4, 2, 0)):  # weight and bias of each group, from the head
         expected = 0.01 * decay**depth * math.sqrt(sizes[at] + sizes[at + 1])
