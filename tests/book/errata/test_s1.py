@@ -256,3 +256,21 @@ def test_momentum_makes_the_printed_rate_ten_times_as_large_on_a_steady_slope():
     assert "lr=0.001, momentum=0.9" in LISTING
     assert last_step() == pytest.approx(0.001 * 2, rel=1e-9)
     assert last_step(momentum=0.9) == pytest.approx(10 * 0.001 * 2, rel=1e-9)
+
+
+def test_no_last_layer_repairs_what_a_first_layer_repairs_exactly():
+    torch.manual_seed(0)
+    first, last = nn.Linear(6, 20).double(), nn.Linear(20, 1).double()
+    images = torch.rand(4000, 6, dtype=torch.float64)
+    with torch.no_grad():
+        last.weight.normal_()
+        answers = last(torch.relu(first(images)))
+        negatives = 1 - images
+        seen = torch.cat([torch.relu(first(negatives)), torch.ones(4000, 1).double()], 1)
+        best = torch.linalg.lstsq(seen, answers).solution  # of all last layers
+        left = (seen @ best - answers).square().mean() / answers.var()
+        repaired = nn.Linear(6, 20).double()
+        repaired.weight.copy_(-first.weight)
+        repaired.bias.copy_(first.bias + first.weight.sum(1))
+        assert torch.allclose(last(torch.relu(repaired(negatives))), answers, atol=1e-12)
+    assert left > 0.01
