@@ -393,7 +393,7 @@ def test_texts_that_differ_in_a_vowel_sign_or_a_tone_mark_are_two(tmp_path):
 
 
 def test_how_a_character_is_drawn_makes_no_other_text(tmp_path):
-    rows = [*MANY, "a number 3 \u263a\ufe0f,x", "a numbe\uff52 3 \u263a,x"]
+    rows = [*MANY, "a number 3 \u263a\ufe0f,x", "\uff41 number 3 \u263a,x"]
     mine = datasets.from_csv(table(tmp_path / "mine.csv", rows))
     assert "2 rows repeat another, 0 texts have two labels" in str(mine.card)
 
