@@ -27,3 +27,7 @@ def test_a_definition_gives_the_chinese_term_first_and_then_few_words(term):
     chinese, _, rest = ENTRIES[term].partition(". ")
     assert re.search(r"[\u4e00-\u9fff]", chinese), f"{term}: no Chinese equivalent"
     assert 4 <= len(re.sub(r"<!--.*?-->", "", rest).split()) <= 60
+
+
+def test_no_term_holds_an_apostrophe_which_typography_would_bend_and_so_break_its_links():
+    assert not [name for name in ENTRIES if "'" in name]
