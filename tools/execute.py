@@ -157,8 +157,7 @@ def _job(book: labs.Book, lab: labs.Lab, profile: str) -> Job:
     work = book.executed / ".work" / lab.short
     expected = lab.run().get("seconds", GUESS)
     if profile == "full":
-        record = json.loads(lab.record.read_text("utf-8")) if lab.record.exists() else {}
-        expected = record.get("seconds", math.inf)
+        expected = lab.recording().get("seconds", math.inf)
     return Job(lab, profile, keys.key(lab, profile), work, expected)
 
 
@@ -222,31 +221,36 @@ def _keep(job: Job) -> None:
     path = job.work / "lab.ipynb"
     notebook = json.loads(path.read_text("utf-8"))
     lacks = labs.shortcomings(notebook, job.lab.declared, job.profile)
+    drawn = job.work / "figures"
     lacks += [
         f"figure {name} was not saved"
         for name in job.lab.declared.get("figures", [])
-        if not (job.work / "figures" / f"{name}.svg").exists()
+        if not (drawn / f"{name}.svg").exists()
     ]
     if lacks:
         raise LabError("\n".join([f"\n{job.lab.name} ran but is not whole:", *lacks]))
     run = notebook["metadata"]["transferkit"]["run"]
     run["key"] = job.key
     if job.profile == "full":
-        _record(job.lab, notebook, run)
+        _record(job.lab, notebook, run, drawn)
         return
     job.lab.book.figures.mkdir(parents=True, exist_ok=True)
-    for figure in (job.work / "figures").glob("*.svg"):
+    for figure in drawn.glob("*.svg"):
         os.replace(figure, _figure(job.lab, figure.stem))
     path.write_text(json.dumps(notebook, ensure_ascii=False, indent=1) + "\n", "utf-8")
     job.lab.executed.parent.mkdir(parents=True, exist_ok=True)
     os.replace(path, job.lab.executed)
 
 
-def _record(lab: labs.Lab, notebook: dict, run: dict) -> None:
-    """Write the claims of a full-size run where git keeps them."""
+def _record(lab: labs.Lab, notebook: dict, run: dict, drawn: Path) -> None:
+    """Write the claims of a full-size run, and the figures it alone draws, where git keeps them."""
     claims = [data for _, data in labs.displays(notebook, labs.CLAIM_MIME)]
-    record = {"lab": lab.name, **run, "claims": claims}
+    own = lab.declared.get("full-figures", [])
+    figures = [data for _, data in labs.displays(notebook, labs.FIGURE_MIME) if data["name"] in own]
+    record = {"lab": lab.name, **run, "claims": claims} | ({"figures": figures} if own else {})
     lab.record.parent.mkdir(parents=True, exist_ok=True)
+    for name in own:
+        shutil.copy(drawn / f"{name}.svg", lab.record.parent)
     lab.record.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", "utf-8")
     print(f"recorded {len(claims)} claims in {lab.book.relative(lab.record)}")
 

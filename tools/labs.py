@@ -185,11 +185,14 @@ class Lab:
         result = self.result()
         return {f["name"]: f for _, f in displays(result, FIGURE_MIME)} if result else {}
 
+    def recording(self) -> dict:
+        """Return the record of the last run at full size, {} where there was none."""
+        return json.loads(self.record.read_text("utf-8")) if self.record.exists() else {}
+
     def recorded_claims(self) -> dict[str, dict]:
-        if not self.record.exists():
-            return {}
-        record = json.loads(self.record.read_text("utf-8"))
-        return {c["name"]: {**c, "lab": self.name, "run": record} for c in record["claims"]}
+        record = self.recording()
+        claims = record.get("claims", [])
+        return {c["name"]: {**c, "lab": self.name, "run": record} for c in claims}
 
 
 def machine(run: dict) -> str:
@@ -255,7 +258,8 @@ def parameters(code: str) -> dict:
 def shortcomings(notebook: dict, declared: dict, profile: str = "cpu") -> list[str]:
     """Say what an executed notebook lacks: a lab has run when every step it declares was made.
 
-    `metadata.transferkit.full-claims` are those that only a run at full size makes.
+    Those that only a run at full size makes are `metadata.transferkit.full-claims` and
+    `full-figures`.
     """
     found = []
     for index, cell in code_cells(notebook):
@@ -267,7 +271,7 @@ def shortcomings(notebook: dict, declared: dict, profile: str = "cpu") -> list[s
     for kind, mime in (("claim", CLAIM_MIME), ("figure", FIGURE_MIME)):
         made = Counter(data["name"] for _, data in displays(notebook, mime))
         wanted = [*declared.get(f"{kind}s", [])]
-        wanted += declared.get("full-claims", []) if (kind, profile) == ("claim", "full") else []
+        wanted += declared.get(f"full-{kind}s", []) if profile == "full" else []
         found += [f"{kind} {n} is declared but was not made" for n in wanted if n not in made]
         found += [
             f"{kind} {n} was made but is not declared: add it to metadata.transferkit.{kind}s"

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from tools import execute, labs
 
-DECLARED = ("lab", "claims", "full-claims", "figures")  # what a lab says of itself in its metadata
+# What a lab says of itself in its metadata.
+DECLARED = ("lab", "claims", "full-claims", "figures", "full-figures")
 INSTALL = """\
 # Only where the book's library is not installed yet, as on Colab or Binder.
 import importlib.util

@@ -142,6 +142,21 @@ def test_a_full_run_is_recorded_with_its_machine_and_versions(bare):
     assert bare.recorded()["small.share"]["value"] == 0.75 and not lab.executed.exists()
 
 
+def test_a_figure_of_a_full_run_alone_is_recorded_with_its_text(bare):
+    lab = bare.lab("small")
+    drawn = tiny.CODE["figure"].replace("small.curve", "small.large")
+    tiny.write_lab(lab.source, **LIGHT | {"figure": drawn})
+    notebook = json.loads(lab.source.read_text("utf-8"))
+    notebook["metadata"]["transferkit"] |= {"figures": [], "full-figures": ["small.large"]}
+    lab.source.write_text(json.dumps(notebook), "utf-8")
+    lab = labs.Book(bare.root).lab("small")  # read anew
+    execute.execute(bare, [lab], profile="full")
+    (figure,) = lab.recording()["figures"]
+    assert figure["name"] == "small.large" and figure["alt"].startswith("A straight line")
+    assert lab.record.with_name("small.large.svg").read_text("utf-8").startswith("<?xml")
+    assert not any(bare.figures.glob("*"))
+
+
 def test_an_unknown_lab_is_named_with_those_that_exist(bare, capsys):
     assert execute.main(["--root", str(bare.root), "smal"]) == 2
     assert "'smal'; those of _toc.yml are: concepts/small" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from tools import checks, claims, prose
-from tools.checks import language, pages
+from tools.checks import language, pages, references
 
 CHAPTER = "book/concepts/small.md"
 
@@ -134,6 +134,18 @@ def test_a_figure_that_no_lab_drew_is_found(book):
     assert "no executed lab drew this figure" in messages(pages.figures, book)[0]
 
 
+def test_a_recorded_figure_is_there_with_the_text_of_its_run(book):
+    plant(book, "/_build/figures/small.curve.svg", "/book/recorded/small.large.svg")
+    assert "no such file" in messages(pages.figures, book)[0]
+    record = book.lab("small").record
+    tiny.write(record.with_name("small.large.svg"), "<svg/>")
+    alt = "A straight line that rises from zero to one."
+    tiny.write(record, json.dumps({"claims": [], "figures": [{"name": "small.large", "alt": alt}]}))
+    assert messages(pages.figures, book) == []
+    plant(book, ":alt: A straight line that rises", ":alt: A line that rises")
+    assert "the lab's alternative text is different" in messages(pages.figures, book)[0]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -185,3 +197,41 @@ def test_masking_keeps_every_character_at_its_place():
     assert len(masked) == len(text)
     assert [len(line) for line in masked.split("\n")] == [len(line) for line in text.split("\n")]
     assert "theta" not in masked and "warm-up: one" in masked
+
+
+@pytest.mark.parametrize(
+    ("role", "message"),
+    [
+        ("{term}`transfers`", "no such term in the glossary"),
+        ("{term}`what is moved <transfers>`", "no such term in the glossary"),
+        ("{eq}`eq-cube`", "nothing has this label"),
+        ("{numref}`fig-small-curves`", "nothing has this label"),
+        ("{prf:ref}`def-small`", "nothing has this label"),
+        ("{ref}`chap-large`", "nothing has this label"),
+        ("{ref}`the large\none <chap-large>`", "nothing has this label"),
+        ("{ref}`small-place`", "no title stands there: give a text"),
+    ],
+)
+def test_a_reference_that_leads_nowhere_or_shows_nothing_is_found(book, role, message):
+    plant(book, "It is small.", f"(small-place)=\nIt is small, says {role}.")
+    (found,) = messages(references.check, book)
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{ref}`this place <small-place>`, {ref}`chap-small`, {ref}`ex-small-1`, {eq}`eq-square`",
+        "{numref}`fig-small-curve` and {term}`its name <Transfer>`",
+        "this code:\n\n```\n{ref}`nowhere`\n```",
+    ],
+)
+def test_a_reference_that_leads_somewhere_passes(book, text):
+    plant(book, "It is small.", f"(small-place)=\nIt is small, says {text}.")
+    assert messages(references.check, book) == []
+
+
+def test_a_comment_that_cuts_a_paragraph_is_found(book):
+    plant(book, "It is small.", "It is\n<!--not-measured: a joke--> small.")
+    (found,) = messages(references.check, book)
+    assert "would cut the paragraph" in found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from tools import diagrams, equations
-from tools.checks import language, notebooks, pages, site
+from tools.checks import language, notebooks, pages, references, site
 from tools.labs import Book, Finding
 
 STATIC: tuple[Callable[[Book], Iterable[Finding]], ...] = (
@@ -20,6 +20,7 @@ STATIC: tuple[Callable[[Book], Iterable[Finding]], ...] = (
     pages.figures,
     pages.structure,
     equations.check,
+    references.check,
     diagrams.check,
     language.forbidden,
     language.spelling,
