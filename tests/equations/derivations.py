@@ -29,3 +29,14 @@ def names_of(nodes: Iterable[ast.stmt], **more: Any) -> Callable[[str], Any]:
     module = ast.fix_missing_locations(ast.Module(list(nodes), type_ignores=[]))
     exec(compile(module, "lab", "exec"), names)
     return names.__getitem__
+
+
+def slopes(function: Callable[[np.ndarray], float], at: np.ndarray, step=1e-5) -> np.ndarray:
+    """Central differences of a function of an array, in the array's shape."""
+    found = np.zeros_like(at)
+    for place in np.ndindex(at.shape):
+        ahead, behind = at.copy(), at.copy()
+        ahead[place] += step
+        behind[place] -= step
+        found[place] = (function(ahead) - function(behind)) / (2 * step)
+    return found

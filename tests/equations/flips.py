@@ -6,7 +6,12 @@ A test of a formula is worth something if it fails on each of these copies of th
 import ast
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from derivations import definitions, names_of
 
 
 def signs(tree: ast.AST) -> Iterator[ast.BinOp | ast.UnaryOp]:
@@ -25,3 +30,19 @@ def with_one_sign_turned(tree: ast.AST) -> Iterator[ast.AST]:
         turned = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.USub: ast.UAdd}
         node.op = turned[type(node.op)]()
         yield wrong
+
+
+def assert_seen(
+    check: Callable[[Callable[[str], Any]], object],
+    lab: str,
+    name: str,
+    errors: type[Exception] | tuple[type[Exception], ...] = AssertionError,
+    **more: Any,
+) -> None:
+    """The check passes no copy of the lab's definition `name` in which one sign is turned round."""
+    nodes = definitions(lab)
+    wrong = list(with_one_sign_turned(nodes[name]))
+    assert wrong
+    for tree in wrong:
+        with np.errstate(all="ignore"), pytest.raises(errors):
+            check(names_of((nodes | {name: tree}).values(), **more))

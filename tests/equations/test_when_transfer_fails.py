@@ -7,8 +7,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from derivations import definitions, names_of
-from flips import with_one_sign_turned
+from derivations import definitions, names_of, slopes
+from flips import assert_seen
 from scipy import optimize, special, stats
 from scipy.spatial import distance
 from torch import nn
@@ -30,17 +30,6 @@ def lab():
 
 
 # -- tools ----------------------------------------------------------------------------------------
-
-
-def slopes(function, at, step=1e-5):
-    """Central differences of a function of an array, in the array's shape."""
-    found = np.zeros_like(at)
-    for place in np.ndindex(at.shape):
-        ahead, behind = at.copy(), at.copy()
-        ahead[place] += step
-        behind[place] -= step
-        found[place] = (function(ahead) - function(behind)) / (2 * step)
-    return found
 
 
 def close(ours, expected, rel=1e-8, abs=1e-11):
@@ -549,9 +538,4 @@ SEEN_BY = {
 )
 @pytest.mark.parametrize("name", SEEN_BY)
 def test_one_sign_turned_round_in_a_derivation_is_seen(name):
-    nodes = definitions(LAB)
-    wrong = list(with_one_sign_turned(nodes[name]))
-    assert wrong
-    for tree in wrong:
-        with np.errstate(all="ignore"), pytest.raises((AssertionError, ValueError)):
-            SEEN_BY[name](names_of((nodes | {name: tree}).values(), **IMPORTED))
+    assert_seen(SEEN_BY[name], LAB, name, (AssertionError, ValueError), **IMPORTED)
