@@ -370,7 +370,8 @@ class Server(ThreadingHTTPServer):
 
 
 def _line(found: Answer | Sight) -> str:
-    return json.dumps(asdict(found), ensure_ascii=False)
+    line = json.dumps(asdict(found), ensure_ascii=False)
+    return line if is_whole(line) else json.dumps(asdict(found))  # a file's name may be odd
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -487,6 +487,16 @@ def test_a_missing_or_broken_picture_ends_with_a_message(classifier, capsys):
     assert "cannot be read" in capsys.readouterr().err
 
 
+def test_a_name_that_is_not_utf8_is_answered_in_escapes(classifier, tmp_path, capsys):
+    path = tmp_path / os.fsdecode(b"\xb9\xb7.png")
+    try:
+        Image.fromarray(PIXELS[0]).save(path)
+    except OSError:
+        pytest.skip("this file system keeps no such names")
+    assert apply.main(["predict", str(classifier / "model"), str(path)]) == 0
+    assert json.loads(capsys.readouterr().out)["picture"] == str(path)
+
+
 def test_what_reads_no_images_and_one_name_are_refused(classifier):
     with pytest.raises(TypeError, match="no classifier of images"):
         apply.look(tk.models.load("minilm-l6", ["a", "b"], layers=1, pretrained=False), ["a.png"])
