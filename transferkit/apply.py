@@ -32,6 +32,7 @@ import numpy as np
 from torch import nn
 
 from transferkit import checkpoint, data, evaluation, pictures
+from transferkit.corpora import is_whole
 
 LIMIT = 64 * 1024  # bytes of a request's body that are read
 _PATIENCE = 10  # seconds that a silent browser is waited for
@@ -85,7 +86,7 @@ def answer(model: nn.Module, texts: Sequence[str]) -> list[Answer]:
         )
     if isinstance(texts, str):
         raise TypeError("texts is one string and a list is expected: pass [text]")
-    if broken := [at for at, text in enumerate(texts) if not _is_whole(text)]:
+    if broken := [at for at, text in enumerate(texts) if not is_whole(text)]:
         raise ValueError(f"texts[{broken[0]}] holds half a character: decode it as UTF-8 first")
     asked = SimpleNamespace(kind="text", name="texts", inputs=list(texts), labels=None)
     source: Any = data.as_source(asked, model)  # of the class data.Texts
@@ -154,11 +155,6 @@ def look(model: nn.Module, files: Iterable[str | Path]) -> list[Sight]:
 
 def _looks(model: nn.Module) -> bool:
     return getattr(getattr(model, "prepare", None), "kind", "") == "image"
-
-
-def _is_whole(text: str) -> bool:
-    """Whether UTF-8 can hold the text; tokenizers can read no other."""
-    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def limits(folder: str | Path, labels: Iterable[str]) -> list[str]:
@@ -277,7 +273,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _predict(self, body: bytes) -> None:
         try:
             text = json.loads(body)["text"]
-            if not (isinstance(text, str) and text.strip() and _is_whole(text)):
+            if not (isinstance(text, str) and text.strip() and is_whole(text)):
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):  # the last: [[[[… without end
             what = {"error": 'send {"text": "…"} with a text that is not empty'}
@@ -335,6 +331,9 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, folder: str | Path, port: int = 8000):
         self.model = checkpoint.load(folder)
+        if _looks(self.model):
+            what = f"the model in {str(folder)!r} reads pictures"
+            raise TypeError(f"{what}: ask it with `predict`, as the page takes texts alone")
         answer(self.model, ["?"])  # what cannot work should not begin
         self._labels: list[str] = list(self.model.labels)  # type: ignore[arg-type]
         self._title = f"{' or '.join(self._labels)}?"
@@ -371,7 +370,8 @@ class Server(ThreadingHTTPServer):
 
 
 def _line(found: Answer | Sight) -> str:
-    return json.dumps(asdict(found), ensure_ascii=False)
+    line = json.dumps(asdict(found), ensure_ascii=False)
+    return line if is_whole(line) else json.dumps(asdict(found))  # a file's name may be odd
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

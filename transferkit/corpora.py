@@ -240,6 +240,11 @@ def read_zh_reviews() -> Table:
     return Table(columns, labels, keys, keys, "text", "text", counts)
 
 
+def is_whole(text: str) -> bool:
+    """Whether UTF-8 can hold the text: it has no half characters, as odd file names may have."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def _letters(text: str) -> str:
     """What identifies a text: its letters with their signs, and its digits, in one form and case.
 
@@ -271,23 +276,18 @@ _ZH = Recipe(
 
 def read_csv(path: Path, text: str, label: str, group: str | None) -> tuple[Table, list[str]]:
     """The distinct texts of a CSV file, and the names of its labels."""
-    try:
-        rows = list(csv.DictReader(io.StringIO(decode(path.read_bytes(), path), newline="")))
-    except csv.Error as error:
-        raise ValueError(f"{path}: {error}: is there a quotation mark that never ends?") from error
     wanted = [text, label] if group is None else [text, label, group]
-    columns = list(rows[0]) if rows else []
-    if missing := [name for name in wanted if name not in columns]:
-        raise ValueError(f"{path} has no column {missing[0]!r}: its columns are {columns}")
     found: dict[str, list[dict]] = collections.defaultdict(list)
-    for number, given in enumerate(rows, 1):
+    for place, given in _csv_rows(path, wanted):
         if None in given:
-            what = f"{path}, row {number}: there are more fields than columns"
-            raise ValueError(f"{what}: put texts that hold commas in quotation marks")
+            what = f"{place}: there are more fields than columns"
+            raise ValueError(f"{what}: put texts that hold the separator in quotation marks")
         row = {name: (given[name] or "").strip() for name in wanted}
         if empty := [name for name in wanted if not row[name]]:
-            raise ValueError(f"{path}, row {number}: {empty[0]!r} is empty: fill or delete the row")
+            raise ValueError(f"{place}: {empty[0]!r} is empty: fill or delete the row")
         found[_letters(row[text]) or row[text]].append(row)
+    if not found:
+        raise ValueError(f"{path} holds no row below the names of its columns: add your texts")
     ids = sorted(key for key, same in found.items() if len({row[label] for row in same}) == 1)
     kept = [found[key][0] for key in ids]
     names = sorted({row[label] for row in kept})
@@ -302,6 +302,50 @@ def read_csv(path: Path, text: str, label: str, group: str | None) -> tuple[Tabl
     keys = ids if group is None else [row[group] for row in kept]
     texts = [row[text] for row in kept]
     return Table({"text": texts}, labels, keys, ids, "text", "text", counts), names
+
+
+def _csv_rows(path: Path, wanted: Sequence[str]) -> Iterable[tuple[str, dict]]:
+    """Place and fields of every row."""
+    whole = _own_text(path)
+    # strict: a stray quotation mark is an error, and does not swallow the rows after it
+    separator = _separator(path, whole, wanted)
+    reader = csv.DictReader(io.StringIO(whole, newline=""), delimiter=separator, strict=True)
+    try:
+        for number, row in enumerate(reader, 1):
+            yield f"{path}, row {number} below the names (line {reader.line_num})", row
+    except csv.Error as error:
+        what = f"{path}, line {reader.line_num + 1}: {error}: is there a quotation mark"
+        raise ValueError(f"{what} that never ends, or is not doubled in a quoted text?") from error
+
+
+def _separator(path: Path, whole: str, wanted: Sequence[str]) -> str:
+    """The comma, semicolon or tab by which the first line names all wanted columns."""
+    most: list[str] = []
+    for separator in ",;\t":
+        names = next(csv.reader(io.StringIO(whole, newline=""), delimiter=separator), [])
+        if twice := [name for name in wanted if names.count(name) > 1]:
+            raise ValueError(f"{path} has two columns {twice[0]!r}: rename one of them")
+        if set(wanted) <= set(names):
+            return separator
+        most = max(most, names, key=len)
+    missing = next((name for name in wanted if name not in most), wanted[0])
+    what = f"{path} has no column {missing!r}: its columns are {most}"
+    raise ValueError(f"{what}: rename one in the first line, or pass its name")
+
+
+def _own_text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}: check its name and folder")
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}, line {line}: this is not UTF-8: save the table as “CSV UTF-8” from the "
+            "spreadsheet (.xlsx and “Unicode text” are none), or change the encoding: "
+            f"`iconv -f GB18030 -t UTF-8 {path.name}` for many older Chinese files"
+        ) from error
 
 
 # ---- People's Daily -----------------------------------------------------------------------------

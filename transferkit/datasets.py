@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,12 +194,21 @@ class Dataset:
         The fold of a row is decided by the hash of its group key and the seed.
 
         Raises:
-            ValueError: ``k`` below 2.
+            ValueError: ``k`` below 2, or a class is missing on one side of a fold.
         """
         if k < 2:
             raise ValueError(f"folds needs k of at least 2 and was given {k}")
         rows = np.flatnonzero(self._parts != "test")
         fold = np.array([int(k * fraction(f"fold {seed}\n{self._table.keys[i]}")) for i in rows])
+        if (labels := self._table.labels) is not None:
+            for j, label in itertools.product(range(k), np.unique(labels)):
+                held = fold[labels[rows] == label] == j
+                if not held.any() or held.all():
+                    raise ValueError(
+                        f"fold {j + 1} of {k} has {'all' if held.any() else 'no'} rows labelled "
+                        f"{self.labels[label]!r}, of {len(held)}: take a smaller k, another seed, "
+                        "or more rows"
+                    )
         return [
             (
                 Split(self._table, rows[fold != j], f"{self.name}/fold {j + 1} of {k}, train"),
@@ -268,7 +278,8 @@ def from_csv(
 ) -> Dataset:
     """Your own labelled texts, with repetitions and contradictions removed, then split by hash.
 
-    The file is UTF-8 with a line of column names. Texts that differ in punctuation or case alone
+    The file is UTF-8 with a line of column names; commas, semicolons or tabs separate the fields.
+    Texts that differ in punctuation or case alone
     count as one; texts that stand there with two labels are dropped.
 
     Args:
@@ -279,9 +290,10 @@ def from_csv(
         A data set as `load` returns it. The labels are sorted by name.
 
     Raises:
-        ValueError: a column is missing, a field is empty, a row has too many fields, there is only
-            one label, a label occurs only in some of train, validation and test, or the text is
-            not UTF-8.
+        FileNotFoundError: there is no such file.
+        ValueError: a column is missing or there twice, there is no row, a field is empty, a row has
+            too many fields, a quotation mark is not closed, there is only one label, a label occurs
+            only in some of train, validation and test, or the text is not UTF-8.
 
     Example:
         >>> from pathlib import Path
@@ -329,8 +341,9 @@ def from_folder(
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: it holds fewer than two class folders, or files beside them; a class folder is
-            empty, or called like a split; there is a link; a file cannot be read; `group`
-            returns no name; or a class is missing in train, validation or test.
+            empty, or called like a split; there is a link, or a name that is not UTF-8; a file
+            cannot be read; `group` returns no name; or a class is missing in train, validation or
+            test.
 
     Example:
         >>> from pathlib import Path
@@ -378,7 +391,8 @@ def _own(path: Path, name: str, table: Table, recipe: Recipe, texts: Mapping) ->
             keys = [table.keys[at] for at in np.flatnonzero(table.labels == label)]
             raise ValueError(
                 f"{path}: no row labelled {recipe.labels[label]!r} falls into {part}: it has "
-                f"{len(keys)} rows in {len(set(keys))} groups; give more rows of each label"
+                f"{len(keys)} rows in {len(set(keys))} groups; give more rows of this label, "
+                "or leave it out"
             )
     return found
 

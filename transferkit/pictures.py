@@ -18,10 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from transferkit.corpora import Table
+from transferkit.corpora import Table, is_whole
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-_LITTER = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # of file managers, beside names with a dot
+_LITTER = {
+    "thumbs.db",
+    "desktop.ini",
+    "__macosx",
+    "icon\r",
+}  # of file managers, beside names with a dot
 _PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
@@ -37,7 +42,7 @@ def decode(path: str | Path) -> Any:
         ValueError: it is no whole picture of one of `FORMATS`, or larger than Pillow's guard
             against decompression bombs allows (some 89 million pixels).
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
@@ -48,6 +53,11 @@ def decode(path: str | Path) -> Any:
             with Image.open(path, formats=FORMATS) as image:
                 image.load()
                 return _opaque(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{str(path)!r} cannot be read (no {', '.join(FORMATS)})") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        most = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels: save it smaller"
+        raise ValueError(f"{str(path)!r} cannot be read ({most})") from error
     except Exception as error:  # decoders raise whatever they stumble over in a broken file
         raise ValueError(
             f"{str(path)!r} cannot be read ({error or type(error).__name__})"
@@ -96,6 +106,9 @@ def read_folder(
     Two files are the same picture where all pixels are equal once they are decoded.
     """
     labels, files = _classes(folder), _files(folder)
+    if odd := [str(path) for path in files if not is_whole(str(path))]:
+        what = f"names that are not UTF-8: {_some(odd)}"
+        raise ValueError(f"{what}: rename them (`convmv -f GB18030 -t UTF-8 -r` can do it)")
     names = {path: path.relative_to(folder) for path in files}
     _check_places(folder, labels, list(names.values()))
     found: dict[str, list[Picture]] = collections.defaultdict(list)
@@ -151,7 +164,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _seen(name: str) -> bool:
-    return not name.startswith(".") and name not in _LITTER
+    return not name.startswith(".") and name.lower() not in _LITTER
 
 
 def _classes(folder: Path) -> list[str]:
@@ -200,8 +213,12 @@ def _check_places(folder: Path, labels: Sequence[str], names: Sequence[Path]) ->
 
 
 def _group(group: Callable[[Path], str], name: Path) -> str:
-    found = group(name)
-    if not isinstance(found, str) or not found:
+    try:
+        found = group(name)
+    except Exception as error:  # whatever a function of the reader's own raises
+        error.add_note(f"group, a function, was given the path {name.as_posix()!r}")
+        raise
+    if not isinstance(found, str) or not found or not is_whole(found):
         what = f"group gave {found!r} for the picture {name.as_posix()!r}"
         raise ValueError(f"{what}: return the name of the group, a text")
     return found

@@ -419,15 +419,58 @@ def test_blanks_around_a_label_make_no_other_label(tmp_path):
     assert datasets.from_csv(table(tmp_path / "mine.csv", rows)).labels == ["x", "y"]
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_spreadsheets_separate_by_semicolons_or_tabs_too(tmp_path, separator, quote):
+    rows = ["text,label", *MANY]
+    rows = [separator.join(f"{quote}{cell}{quote}" for cell in row.split(",")) for row in rows]
+    path = tmp_path / "mine.csv"
+    path.write_bytes("\r\n".join(rows).encode("utf-8-sig"))
+    plain = datasets.from_csv(table(tmp_path / "plain.csv", MANY))
+    assert datasets.from_csv(path).train["text"] == plain.train["text"]
+
+
+def test_a_table_that_is_not_utf8_or_not_there_is_refused_with_the_remedy(tmp_path):
+    with pytest.raises(FileNotFoundError, match="check its name"):
+        datasets.from_csv(tmp_path / "mine.csv")
+    (tmp_path / "mine.csv").write_bytes("text,label\n房间很好,好\n".encode("gbk"))
+    with pytest.raises(ValueError, match=r"line 2: this is not UTF-8.*iconv -f GB18030"):
+        datasets.from_csv(tmp_path / "mine.csv")
+
+
+def test_a_fold_without_a_class_is_refused_with_the_remedy(tmp_path):
+    rows = [*MANY, *(f"rare {i},z" for i in range(20))]
+    mine = datasets.from_csv(table(tmp_path / "mine.csv", rows))
+    assert all(set(held.labels) == {0, 1, 2} for _, held in mine.folds(2))
+    with pytest.raises(ValueError, match=r"has no rows labelled 'z', of .*: take a smaller k"):
+        mine.folds(19)
+
+
+def test_a_class_of_one_group_has_no_folds(tmp_path):
+    rows = [f"{word},{part}" for part in range(40) for word in (f"a {part},x", f"b {part},y")]
+    mine = datasets.from_csv(
+        table(tmp_path / "mine.csv", rows, "text,label,writer"), group="writer"
+    )
+    lone = np.flatnonzero(mine._parts != "test")
+    mine._table.labels[lone] = 0
+    mine._table.labels[lone[0]] = 1
+    with pytest.raises(ValueError, match="rows labelled 'y', of 1: take"):
+        mine.folds(2)
+
+
 @pytest.mark.parametrize(
     ("rows", "header", "message"),
     [
         (MANY, "review,label", "no column 'text'"),
-        ([], "text,label", "no column 'text'"),
-        ([*MANY, " ,x"], "text,label", "row 121: 'text' is empty"),
-        ([*MANY, "alone"], "text,label", "row 121: 'label' is empty"),
+        ([], "text,label", "no row below the names"),
+        ([], "", "no column 'text': its columns are .*: rename one .* or pass its name"),
+        (MANY, "text,text,label", "two columns 'text'"),
+        ([*MANY, " ,x"], "text,label", r"row 121 below .* \(line 122\): 'text' is empty"),
+        ([*MANY, "alone"], "text,label", "row 121 .*: 'label' is empty"),
         ([*MANY, "alone,z"], "text,label", "no row labelled 'z' falls into"),
-        ([*MANY, "well, a comma,x"], "text,label", "row 121: .* quotation marks"),
+        ([*MANY, "well, a comma,x"], "text,label", "row 121 .* quotation marks"),
+        ([*MANY, '"never ended,x', *MANY[:5]], "text,label", "quotation mark that never ends"),
+        ([*MANY, '"a,x', '"b, c",y', *MANY[:5]], "text,label", "line 122: .* not doubled"),
         ([*MANY, '"never ended' + "a" * 200_000], "text,label", "quotation mark that never ends"),
         (MANY[::2], "text,label", "the labels .* but a classifier needs two"),
         ([f"same,{i}" for i in range(9)], "text,label", "the labels .*, but"),

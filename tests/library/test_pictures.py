@@ -150,7 +150,7 @@ def bomb(path: Path, side: int) -> Path:
 
 @pytest.mark.parametrize("side", [10_000, 30_000])  # Pillow warns of one and refuses the other
 def test_a_decompression_bomb_is_an_error_and_takes_no_memory(tmp_path, side):
-    with pytest.raises(ValueError, match="decompression bomb"):
+    with pytest.raises(ValueError, match="more than 89,478,485 pixels: save it smaller"):
         pictures.decode(bomb(tmp_path / "a.png", side))
 
 
@@ -285,7 +285,8 @@ def test_a_class_that_cannot_be_read_is_not_forgotten(photos):
 
 
 def test_what_file_managers_leave_behind_is_passed_over(photos):
-    for name in (".DS_Store", "cat/Thumbs.db", "cat/.hidden.png"):
+    litter = ("Thumbs.db", "thumbs.db", "Desktop.ini", "Icon\r", ".hidden.png")
+    for name in (".DS_Store", *(f"cat/{name}" for name in litter)):
         (photos / name).write_bytes(b"?")
     (photos / ".ipynb_checkpoints").mkdir()
     assert tk.datasets.from_folder(photos).labels == ["cat", "dog"]
@@ -364,6 +365,30 @@ def test_a_folder_that_is_none_is_refused(tmp_path, name):
 def test_a_group_without_a_name_is_refused(photos, answer):
     with pytest.raises(ValueError, match=r"group gave .* for the picture 'cat/00.png'"):
         tk.datasets.from_folder(photos, group=lambda picture: answer)
+
+
+@pytest.mark.parametrize("name", [b"dog/\xb9\xb7.png", b"dog/\xb9\xb7/1.png", b"\xb9\xb7/1.png"])
+def test_a_name_that_is_not_utf8_is_refused_with_the_remedy(photos, name):
+    path = Path(os.fsdecode(os.fsencode(photos) + b"/" + name))
+    path.parent.mkdir(exist_ok=True)
+    try:
+        path.write_bytes((photos / "cat/00.png").read_bytes())
+    except OSError:
+        pytest.skip("this file system keeps no such names")
+    with pytest.raises(ValueError, match=r"not UTF-8: 1 \('.*dcb9.*convmv") as error:
+        tk.datasets.from_folder(photos)
+    str(error.value).encode()
+
+
+def test_a_group_that_utf8_cannot_hold_is_refused(photos):
+    with pytest.raises(ValueError, match=r"group gave '.udcb9' for the picture"):
+        tk.datasets.from_folder(photos, group=lambda picture: "\udcb9")
+
+
+def test_where_group_itself_fails_the_picture_is_named(photos):
+    with pytest.raises(IndexError) as error:
+        tk.datasets.from_folder(photos, group=lambda picture: picture.stem.split("-")[1])
+    assert error.value.__notes__ == ["group, a function, was given the path 'cat/00.png'"]
 
 
 def test_one_group_for_all_cannot_be_split(photos):
@@ -462,6 +487,16 @@ def test_a_missing_or_broken_picture_ends_with_a_message(classifier, capsys):
     assert "cannot be read" in capsys.readouterr().err
 
 
+def test_a_name_that_is_not_utf8_is_answered_in_escapes(classifier, tmp_path, capsys):
+    path = tmp_path / os.fsdecode(b"\xb9\xb7.png")
+    try:
+        Image.fromarray(PIXELS[0]).save(path)
+    except OSError:
+        pytest.skip("this file system keeps no such names")
+    assert apply.main(["predict", str(classifier / "model"), str(path)]) == 0
+    assert json.loads(capsys.readouterr().out)["picture"] == str(path)
+
+
 def test_what_reads_no_images_and_one_name_are_refused(classifier):
     with pytest.raises(TypeError, match="no classifier of images"):
         apply.look(tk.models.load("minilm-l6", ["a", "b"], layers=1, pretrained=False), ["a.png"])
@@ -470,5 +505,5 @@ def test_what_reads_no_images_and_one_name_are_refused(classifier):
 
 
 def test_no_page_is_served_for_a_model_of_images(classifier):
-    with pytest.raises(TypeError, match="no classifier of texts"):
+    with pytest.raises(TypeError, match="reads pictures: ask it with `predict`"):
         apply.Server(classifier / "model", port=0)
