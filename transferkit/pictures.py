@@ -21,12 +21,8 @@ import numpy as np
 from transferkit.corpora import Table, is_whole
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-_LITTER = {
-    "thumbs.db",
-    "desktop.ini",
-    "__macosx",
-    "icon\r",
-}  # of file managers, beside names with a dot
+# Of file managers, beside names with a dot.
+_LITTER = {"thumbs.db", "desktop.ini", "__macosx", "icon\r"}
 _PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
