@@ -36,3 +36,20 @@ def test_the_index_leads_to_the_first_page(browser):
     with visit.Visit(browser, BOOK.html / "index.html") as reader:
         reader.page.wait_for_selector("article h1")
         assert reader.faults == []
+
+
+MARKS = """() => {
+  const seen = mark => getComputedStyle(mark).display !== "none";
+  const marks = [...document.querySelectorAll(".tk-recorded-mark")];
+  const texts = new Set(marks.map(mark => mark.closest("p:not(td p), li, table")).filter(Boolean));
+  const without = [...texts].filter(
+    text => ![...text.querySelectorAll(".tk-recorded-mark")].some(seen));
+  return [marks.length, marks.filter(seen).length, without.length];
+}"""
+
+
+@BUILT
+def test_recorded_numbers_are_marked_once_a_run_and_in_every_text_that_holds_some(browser):
+    with visit.Visit(browser, BOOK.html / "book/fine-tuning/strategies.html") as reader:
+        marks, shown, without = reader.page.evaluate(MARKS)
+        assert 0 < shown < marks / 2 and without == 0
